@@ -1,0 +1,74 @@
+# Everything runs in .venv. PIP_ARGS is handed to pip, for instance where the package index has no
+# CPU build of torch:
+#
+#     make venv PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PIP_ARGS   ?=
+SERVE_ARGS ?=
+PYTEST_ARGS ?=
+
+# The first of these that is Python 3.11 or newer.
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+VENV       := .venv
+BIN        := $(VENV)/bin
+VENV_STAMP := $(VENV)/.installed
+MODEL      := build/models/SmolLM2-135M-Instruct
+TEXT       := examples/data/alice.txt
+DEMO       := build/demo
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv model demo test serve lint format clean
+
+help:  ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV_STAMP)  ## install the pinned CPU environment and this package into .venv
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found." \
+		"Install it, or name it: make venv PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV_STAMP): requirements-cpu.txt pyproject.toml tools/vllm_metadata_shim.py | $(BIN)/python
+	$(BIN)/python -m pip install --no-deps $(PIP_ARGS) -r requirements-cpu.txt
+	$(BIN)/python -m pip install --no-deps --no-build-isolation $(PIP_ARGS) -e .
+	$(BIN)/python tools/vllm_metadata_shim.py
+	@$(BIN)/python -c "import torch" || { echo "torch does not load: is it a CUDA build? Type:" \
+		"rm -r $(VENV) && make venv" \
+		"PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'" >&2; exit 1; }
+	@touch $@
+
+model: $(MODEL)/config.json  ## unpack the small trained model that the examples and tests use
+
+# The folder appears under this name only when it is whole.
+$(MODEL)/config.json: | $(VENV_STAMP)
+	$(BIN)/python examples/prepare_model.py --output $(MODEL)
+
+demo: venv model  ## compare full attention and LM-Infinite on a book, far past the trained length
+	$(BIN)/vllm-lminf eval --model $(MODEL) --text $(TEXT) --output $(DEMO)
+
+test: venv model  ## lint, check types and run every test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy vllm_lminf
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+serve: venv model  ## start an OpenAI-compatible server with LM-Infinite on port 8000
+	VLLM_ATTENTION_BACKEND=LMINF $(BIN)/vllm serve $(MODEL) \
+		--served-model-name smollm2 --max-model-len 1000000 $(SERVE_ARGS)
+
+lint: venv  ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy vllm_lminf
+
+format: venv  ## put the code in the house format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## remove what was built, the model included; .venv stays
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

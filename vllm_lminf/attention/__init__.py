@@ -1,0 +1,1 @@
+"""vLLM's side of attention: backend, metadata, implementation, and the model's rotary modules."""

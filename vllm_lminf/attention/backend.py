@@ -1,0 +1,60 @@
+"""The backend as vLLM selects it: its name, what it can do, and which cache it asks for."""
+
+from typing import ClassVar
+
+import torch
+from vllm.config.cache import CacheDType
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, KVCacheSpec
+
+from vllm_lminf.attention.impl import LambdaAttentionImpl
+from vllm_lminf.attention.metadata import LambdaMetadataBuilder
+from vllm_lminf.config import BACKEND_NAME
+from vllm_lminf.kv_cache.spec import LambdaSpec
+from vllm_lminf.startup import UnsupportedError
+
+
+class LambdaAttentionBackend(AttentionBackend):
+    """LM-Infinite's Λ-shaped attention for decoders."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[LambdaAttentionImpl]:
+        return LambdaAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[LambdaMetadataBuilder]:
+        return LambdaMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: KVCacheSpec | None = None,
+    ) -> list[int | MultipleOf]:
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """A block's heads lie one after the other, so that a head's keys are one stretch."""
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Full attention becomes the Λ.
+
+        vLLM names neither the layer nor the engine here, so it is the Λ of the model that this
+        process built last; the metadata builder, which is told the engine, checks that it was.
+        """
+        if type(spec) is not FullAttentionSpec:
+            raise UnsupportedError([f"a KV cache of kind {type(spec).__name__}: not served"])
+        return LambdaSpec.of(spec, LambdaAttentionImpl.built_last.pattern)

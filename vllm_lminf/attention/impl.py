@@ -1,0 +1,119 @@
+"""One attention layer: writes its keys and values, and attends under the Λ."""
+
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+
+from vllm_lminf.attention.metadata import LambdaMetadata
+from vllm_lminf.attention.rotary import ExactRotaryEmbedding, make_exact, parents
+from vllm_lminf.kernels.paged import lambda_attention, write_cache
+from vllm_lminf.startup import UnsupportedError, pattern_of
+
+
+class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
+    """Λ-attention of one layer; see `vllm_lminf.kernels.paged` for what it computes."""
+
+    built_last: ClassVar["LambdaAttentionImpl"]
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **unknown: Any,
+    ) -> None:
+        unserved = {
+            "ALiBi": alibi_slopes is not None,
+            "a native sliding window": sliding_window is not None,
+            "logits soft-capping": bool(logits_soft_cap),
+            f"attention of type {attn_type!r}": attn_type != AttentionType.DECODER,
+            "KV sharing between layers": kv_sharing_target_layer_name is not None,
+            "learned attention sinks": sinks is not None,
+            **{f"the layer argument {name!r}": value is not None for name, value in unknown.items()},
+        }
+        if reasons := [f"{what}: not served" for what, present in unserved.items() if present]:
+            raise UnsupportedError(reasons)
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.pattern = pattern_of(get_current_vllm_config())
+        self.rotary: ExactRotaryEmbedding | None = None
+        LambdaAttentionImpl.built_last = self
+        parents.expect(self)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Matches the layer with the model's rotary module; vLLM calls it once the model stands.
+
+        Raises:
+            UnsupportedError: there is no such module, or one that isn't served.
+        """
+        parent, layer_name = parents.place_of(self)
+        self.rotary = make_exact(parent, layer_name, next(parent.parameters()).device)
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Stores this step's keys and values; see `write_cache` for the layout."""
+        write_cache(key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: LambdaMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attends; keys and values of this step are in the cache already.
+
+        Args:
+            layer: vLLM's layer; unused.
+            query: rotated; shape [num_tokens, num_heads, head_size].
+            key: unused.
+            value: unused.
+            kv_cache: shape [num_blocks, num_kv_heads, block_size, 2 * head_size].
+            attn_metadata: the batch; None in a warm-up run, which computes nothing.
+            output: written in place; shape [num_tokens, num_heads, head_size].
+            output_scale: for a fused quantisation of the output, which is not offered.
+            output_block_scale: likewise.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise UnsupportedError(["fused output quantisation: not served"])
+        if attn_metadata is None:
+            return output.zero_()
+        if self.rotary is None:
+            raise RuntimeError("the layer ran before its weights were processed")
+        n = attn_metadata.num_actual_tokens
+        lambda_attention(
+            query[:n],
+            kv_cache,
+            attn_metadata.block_table,
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            self.pattern,
+            scale=self.scale,
+            far=attn_metadata.far(self.rotary, self.pattern),
+            output=output[:n],
+        )
+        return output

@@ -1,0 +1,112 @@
+"""What every layer needs to know of a batch, put together once a step."""
+
+from dataclasses import dataclass, field
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import (
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_lminf import compat
+from vllm_lminf.attention.rotary import ExactRotaryEmbedding
+from vllm_lminf.config import BACKEND_NAME
+from vllm_lminf.kernels.paged import FarRotations, far_rotations
+from vllm_lminf.kv_cache.spec import LambdaSpec
+from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.startup import UnsupportedError, pattern_of
+
+logger = init_logger("vllm.lminf")
+
+
+@dataclass
+class LambdaMetadata(AttentionMetadata):
+    """A batch, as the kernel wants it.
+
+    Attributes:
+        num_actual_tokens: rows of the query that belong to a request; the rest is padding.
+        query_start_loc: num_requests + 1 offsets of the requests' rows.
+        seq_lens: every request's tokens in the cache, this step's included.
+        block_table: integers [num_requests, max_blocks].
+        positions: int64 [num_actual_tokens].
+    """
+
+    num_actual_tokens: int
+    query_start_loc: list[int]
+    seq_lens: list[int]
+    block_table: torch.Tensor
+    positions: torch.Tensor
+    _far: dict[ExactRotaryEmbedding, FarRotations] = field(default_factory=dict)
+
+    def far(self, rotary: ExactRotaryEmbedding, pattern: LambdaPattern) -> FarRotations:
+        """The far rotations of this batch, computed by the first layer that asks for them."""
+        if rotary not in self._far:
+            self._far[rotary] = far_rotations(
+                rotary.tables, rotary.spec.is_neox_style, self.positions, pattern
+            )
+        return self._far[rotary]
+
+
+class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
+    """Turns vLLM's description of a batch into ours."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if not isinstance(kv_cache_spec, LambdaSpec) or kv_cache_spec.pattern != pattern_of(
+            vllm_config
+        ):
+            raise UnsupportedError(
+                [
+                    f"layers {layer_names[0]} and so on were given the KV cache {kv_cache_spec}, "
+                    "which isn't this engine's Λ: build one engine at a time in a process"
+                ]
+            )
+        _log_what_is_active(kv_cache_spec, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> LambdaMetadata:
+        common = common_attn_metadata
+        query_start_loc = common.query_start_loc_cpu[: common.num_reqs + 1]
+        seq_lens = common.seq_lens[: common.num_reqs].cpu()
+        query_lens = query_start_loc.diff()
+        offset_in_request = torch.arange(int(query_start_loc[-1]))
+        offset_in_request -= query_start_loc[:-1].repeat_interleave(query_lens)
+        positions = (seq_lens - query_lens).repeat_interleave(query_lens) + offset_in_request
+        return LambdaMetadata(
+            num_actual_tokens=int(query_start_loc[-1]),
+            query_start_loc=query_start_loc.tolist(),
+            seq_lens=seq_lens.tolist(),
+            block_table=common.block_table_tensor,
+            positions=positions.to(self.device, torch.int64),
+        )
+
+
+def _log_what_is_active(spec: LambdaSpec, config: VllmConfig, device: torch.device) -> None:
+    model = config.model_config
+    logger.info_once(
+        "%s is active: kernel paged (PyTorch, %s), n_global %d, n_local %d, distance_limit %d, "
+        "trained length %s, max_model_len %d; a request holds at most %d blocks of %d tokens",
+        BACKEND_NAME,
+        device.type,
+        spec.n_global,
+        spec.sliding_window,
+        spec.distance_limit,
+        compat.trained_length(model) or "unknown",
+        model.max_model_len,
+        spec.max_admission_blocks_per_request(config.max_in_flight_tokens, model.max_model_len),
+        spec.block_size,
+    )

@@ -1,0 +1,1 @@
+"""The ``vllm-lminf`` console command."""

@@ -1,0 +1,122 @@
+"""A child process that takes one JSON job and answers with JSON lines: both ends of the pipe.
+
+vLLM writes to stdout and stderr from several processes, so the answers travel on a pipe of their
+own and both streams go to a log file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from vllm_lminf.cli.errors import CliError
+
+Event = dict[str, Any]
+
+LOG_TAIL_LINES = 15
+STOP_SECONDS = 10
+
+
+def run_child(
+    module: str,
+    job: Mapping[str, Any],
+    *,
+    env: Mapping[str, str],
+    log_path: Path,
+    on_event: Callable[[Event], None],
+) -> Any:
+    """Run ``python -m module`` on ``job`` and return the ``result`` that it sends.
+
+    Every other event goes to ``on_event`` as it arrives. A child that fails raises ``CliError``
+    with its reason, the path of its log and the log's last lines.
+    """
+    read_fd, write_fd = os.pipe()
+    with log_path.open("wb") as log, os.fdopen(read_fd, encoding="utf-8") as answers:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, "--answer-fd", str(write_fd)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                pass_fds=[write_fd],
+                start_new_session=True,  # so that the engine's own processes can be ended with it
+            )
+        finally:
+            os.close(write_fd)
+        try:
+            _send(process, job)
+            outcome = _receive(answers, on_event)
+            if outcome.get("event") == "result":
+                process.wait(timeout=STOP_SECONDS * 6)
+                return outcome["result"]
+        except subprocess.TimeoutExpired:
+            return outcome["result"]  # the answer is complete; only the engine's exit hangs
+        finally:
+            _stop(process)
+    reason = outcome.get("message") or f"it ended with status {process.returncode}"
+    raise CliError(f"{reason}\nlog: {log_path}\n{log_tail(log_path)}")
+
+
+def log_tail(log_path: Path) -> str:
+    """Return the last lines of a log, indented."""
+    lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(f"    {line}" for line in lines[-LOG_TAIL_LINES:])
+
+
+def _send(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> None:
+    if process.stdin is None:
+        raise RuntimeError("the child was started without a pipe on stdin")
+    with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+        stdin.write(json.dumps(job).encode())
+
+
+def _receive(answers: TextIO, on_event: Callable[[Event], None]) -> Event:
+    """Pass events on until the result, an error, or the end of the pipe."""
+    for line in answers:
+        event: Event = json.loads(line)
+        if event["event"] in ("result", "error"):
+            return event
+        on_event(event)
+    return {"event": "end"}
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the child and the processes of its session, politely first."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=STOP_SECONDS)
+            return
+
+
+class Answers:
+    """The child's end of the pipe."""
+
+    def __init__(self, fd: int) -> None:
+        os.set_inheritable(fd, False)
+        self._stream = os.fdopen(fd, "w", encoding="utf-8", buffering=1)
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Send one event as a line of JSON."""
+        print(json.dumps({"event": event, **fields}), file=self._stream)
+
+
+@contextlib.contextmanager
+def serve_job() -> Iterator[tuple[Any, Answers]]:
+    """Yield the job read from stdin and the way to answer; an exception becomes an error event."""
+    answers = Answers(int(sys.argv[sys.argv.index("--answer-fd") + 1]))
+    try:
+        yield json.load(sys.stdin), answers
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        answers.send("error", message=first_line)
+        raise

@@ -1,0 +1,207 @@
+"""Every difference between vLLM versions, and every place where vLLM offers no registry.
+
+Registries are used where they exist. Two functions of vLLM are wrapped, because nothing else
+serves; each wrapper below says why, is installed once however often it is asked for, does nothing
+unless LMINF is selected, and is taken off again by `uninstall`.
+"""
+
+import copyreg
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import vllm.envs
+from packaging.version import Version
+from vllm.config import ModelConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from vllm_lminf.config import BACKEND_NAME
+
+OLDEST_VLLM = Version("0.32")
+FIRST_UNKNOWN_VLLM = Version("0.34")
+PLATFORMS = ("cpu", "cuda")
+
+_BACKEND_PATH = "vllm_lminf.attention.backend.LambdaAttentionBackend"
+
+Finish = Callable[[VllmConfig], None]
+_originals: dict[tuple[type, str], Any] = {}
+
+
+def unsupported_environment() -> list[str]:
+    """Why this vLLM can't host the plugin; empty when it can."""
+    from vllm.platforms import current_platform
+    from vllm.version import __version__
+
+    reasons = []
+    if not OLDEST_VLLM <= Version(Version(__version__).base_version) < FIRST_UNKNOWN_VLLM:
+        reasons.append(
+            f"vLLM {__version__} is installed; this plugin knows {OLDEST_VLLM} up to, not "
+            f"including, {FIRST_UNKNOWN_VLLM}: install one of these, or a newer vllm-lminf"
+        )
+    if current_platform.device_type not in PLATFORMS:
+        reasons.append(
+            f"vLLM's platform here is {current_platform.device_type!r}; this plugin serves "
+            f"{' and '.join(PLATFORMS)}"
+        )
+    return reasons
+
+
+def install(prepare: Callable[[EngineArgs], Finish | None]) -> None:
+    """Registers the backend and its KV cache, and wraps what has no registry. Safe to repeat.
+
+    Args:
+        prepare: called with the engine's arguments before a configuration is built from them.
+            Returns None when LMINF isn't selected, and otherwise what to call with the finished
+            configuration.
+    """
+    backend_member()
+    copyreg.pickle(AttentionBackendEnum, _reduce_backend)  # type: ignore[arg-type]
+    _register_kv_cache()
+    _wrap_engine_args(prepare)
+    _wrap_cpu_platform()
+
+
+def uninstall() -> None:
+    """Takes the wrappers off. Names in vLLM's registries stay: it has no way to remove them."""
+    while _originals:
+        (owner, name), original = _originals.popitem()
+        setattr(owner, name, original)
+    copyreg.dispatch_table.pop(AttentionBackendEnum, None)
+
+
+def backend_member() -> AttentionBackendEnum:
+    """vLLM's name for this backend; registers it the first time."""
+    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+        register_backend(BACKEND_NAME, _BACKEND_PATH)
+    return AttentionBackendEnum[BACKEND_NAME]
+
+
+def _reduce_backend(member: AttentionBackendEnum) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """How a backend's name is pickled.
+
+    An engine's configuration is unpickled in a new process before that process loads its plugins,
+    where a name registered at run time is not known yet. Ours therefore brings its registration.
+    """
+    if member is backend_member():
+        return backend_member, ()
+    return AttentionBackendEnum, (member.value,)
+
+
+def _register_kv_cache() -> None:
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_lminf.kv_cache.manager import LambdaManager
+    from vllm_lminf.kv_cache.spec import LambdaSpec
+
+    # The registry fills itself only while it is empty: vLLM's own entries must come first. This
+    # public call makes it do so and checks nothing.
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})
+    KVCacheSpecRegistry.register(LambdaSpec, LambdaManager, uniform_type_base_spec=LambdaSpec)
+
+
+def _wrap_engine_args(prepare: Callable[[EngineArgs], Finish | None]) -> None:
+    """`EngineArgs.create_engine_config`: no hook of vLLM sees the engine's arguments before its
+    configuration is built. It is needed there to honour VLLM_ATTENTION_BACKEND, to admit a
+    max_model_len beyond the trained length, and to refuse what can't be honoured in the user's own
+    process, before anything is loaded."""
+
+    def make(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
+        @functools.wraps(original)
+        def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+            finish = prepare(self)
+            if finish is None:
+                return original(self, *args, **kwargs)
+            with _variable("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1"):
+                config = original(self, *args, **kwargs)
+            finish(config)
+            return config
+
+        return create_engine_config
+
+    _wrap(EngineArgs, "create_engine_config", make)
+
+
+def _wrap_cpu_platform() -> None:
+    """`CpuPlatform.get_attn_backend_cls`: it is given the selected backend and ignores it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original.__func__)
+        def get_attn_backend_cls(
+            cls: type[CpuPlatform],
+            selected_backend: AttentionBackendEnum | None,
+            attn_selector_config: Any,
+            num_heads: int | None = None,
+        ) -> str:
+            if selected_backend is not backend_member():
+                path: str = original.__func__(
+                    cls, selected_backend, attn_selector_config, num_heads
+                )
+                return path
+            backend = backend_member().get_class()
+            reasons = backend.validate_configuration(
+                device_capability=None,  # type: ignore[arg-type]
+                **attn_selector_config._asdict(),
+            )
+            if reasons:
+                raise ValueError(
+                    f"{BACKEND_NAME} can't serve this model on the CPU: {'; '.join(reasons)}. "
+                    f"It was asked for {attn_selector_config}"
+                )
+            return backend_member().get_path()
+
+        return classmethod(get_attn_backend_cls)
+
+    _wrap(CpuPlatform, "get_attn_backend_cls", make)
+
+
+def _wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+    if (owner, name) not in _originals:
+        original = owner.__dict__[name]
+        _originals[owner, name] = original
+        setattr(owner, name, make(original))
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Sets an environment variable for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def declare_variables(names: list[str]) -> None:
+    """Makes environment variables known to vLLM, which warns of any other that starts as its own
+    do, and refuses to start over them where it is asked to be strict."""
+    for name in names:
+        vllm.envs.environment_variables.setdefault(name, lambda name=name: os.environ.get(name))
+
+
+def trained_length(model_config: ModelConfig) -> int | None:
+    """Tokens of context that the checkpoint was trained for; None if its configuration is silent.
+
+    It is the max_model_len that vLLM derives where the user gives none, without looking at the
+    tokenizer, whose limit is no property of the weights.
+    """
+    from vllm.config.model import _get_and_verify_max_len
+
+    length, _ = model_config.model_arch_config.derived_max_model_len_and_key
+    if length == float("inf"):
+        return None
+    return _get_and_verify_max_len(
+        hf_config=model_config.hf_text_config,
+        model_arch_config=model_config.model_arch_config,
+        tokenizer_config=None,
+        max_model_len=None,
+        disable_sliding_window=False,
+        sliding_window=None,
+    )

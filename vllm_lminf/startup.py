@@ -1,0 +1,141 @@
+"""What happens between the user's command and the first process: select, read, check, refuse."""
+
+import os
+from typing import TYPE_CHECKING
+
+from vllm_lminf import compat
+from vllm_lminf.config import (
+    BACKEND_NAME,
+    BACKEND_VARIABLE,
+    VARIABLE_PREFIX,
+    Settings,
+    SettingsError,
+)
+from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.rope import MAX_POSITION
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+
+class UnsupportedError(ValueError):
+    """A model or a feature that LMINF doesn't serve; the message gives every reason."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        self.reasons = reasons
+        lines = "\n".join(f"  - {reason}" for reason in reasons)
+        super().__init__(
+            f"{BACKEND_NAME} can't serve this:\n{lines}\n  Change what is named above, or unset "
+            f"{BACKEND_VARIABLE} (or drop --attention-backend) to run it without LM-Infinite."
+        )
+
+
+def prepare(args: "EngineArgs") -> compat.Finish | None:
+    """Called before an engine's configuration is built from its arguments.
+
+    Returns:
+        None when LMINF isn't selected; otherwise the check to run on the finished configuration.
+
+    Raises:
+        UnsupportedError: the variable and the arguments contradict each other.
+        SettingsError: the settings can't be honoured, whatever the model.
+    """
+    if not _select(args):
+        return None
+    compat.declare_variables(
+        [name for name in os.environ if name.startswith(VARIABLE_PREFIX)]
+        + [BACKEND_VARIABLE] * (BACKEND_VARIABLE in os.environ)
+    )
+    Settings.read(args.additional_config, os.environ)
+    return check
+
+
+def _select(args: "EngineArgs") -> bool:
+    """Whether LMINF is selected; if by the variable alone, the arguments are made to say so."""
+    member = compat.backend_member()
+    chosen = args.attention_backend
+    if chosen is None:
+        chosen = args.attention_config.backend
+    if member in args.attention_config.backend_per_kind.values():
+        raise UnsupportedError(
+            [
+                f"attention_config.backend_per_kind names {BACKEND_NAME}: it serves all layers of "
+                f"a model or none; use --attention-backend {BACKEND_NAME}"
+            ]
+        )
+    name = chosen.name if isinstance(chosen, type(member)) else str(chosen).upper()
+    if os.environ.get(BACKEND_VARIABLE, "").upper() != BACKEND_NAME:
+        return name == BACKEND_NAME
+    if chosen is None:
+        args.attention_backend = member
+    elif name != BACKEND_NAME:
+        raise UnsupportedError(
+            [
+                f"{BACKEND_VARIABLE} is {BACKEND_NAME} and --attention-backend is {name}: they "
+                "contradict each other; keep one"
+            ]
+        )
+    return True
+
+
+def pattern_of(config: "VllmConfig") -> LambdaPattern:
+    """The Λ of an engine. The same in all its processes: they share arguments and environment."""
+    settings = Settings.read(config.additional_config, os.environ)
+    return settings.pattern(compat.trained_length(config.model_config))
+
+
+def check(config: "VllmConfig") -> None:
+    """Refuses what an engine's configuration asks for and LMINF doesn't do.
+
+    Raises:
+        SettingsError: the settings make no Λ with this model.
+        UnsupportedError: the model or a feature isn't served.
+    """
+    reasons = [*_model_reasons(config.model_config), *_feature_reasons(config)]
+    try:
+        pattern_of(config)
+    except SettingsError:
+        if not reasons:
+            raise
+    if reasons:
+        raise UnsupportedError(reasons)
+
+
+def _model_reasons(model: "ModelConfig") -> list[str]:
+    reasons = []
+    if model.runner_type != "generate":
+        reasons.append(f"runner {model.runner_type!r}: only text generation is served")
+    if model.is_encoder_decoder:
+        reasons.append("an encoder-decoder model: LM-Infinite is defined for decoders")
+    if model.use_mla:
+        reasons.append("multi-head latent attention (MLA): its cache holds no keys to turn back")
+    if model.uses_mrope:
+        reasons.append("M-RoPE: a multimodal position is no single distance")
+    if model.is_attention_free or model.is_hybrid:
+        reasons.append("state-space layers (Mamba and the like): they have no window")
+    if model.max_model_len > MAX_POSITION:
+        reasons.append(
+            f"max_model_len {model.max_model_len}: positions are exact up to {MAX_POSITION}"
+        )
+    return reasons
+
+
+def _feature_reasons(config: "VllmConfig") -> list[str]:
+    reasons = []
+    cache_dtype = config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        reasons.append(
+            f"--kv-cache-dtype {cache_dtype}: the keys are turned in the cache's precision, and "
+            "no quantised cache is served"
+        )
+    if config.speculative_config is not None:
+        reasons.append("speculative decoding: not served yet")
+    if config.kv_transfer_config is not None:
+        reasons.append(
+            "a KV connector: it moves blocks by position, and a Λ has gaps between them"
+        )
+    parallel = config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        reasons.append("context parallelism: a window isn't sharded over ranks")
+    return reasons
