@@ -58,7 +58,7 @@ def install(prepare: Callable[[EngineArgs], Finish | None]) -> None:
             configuration.
     """
     backend_member()
-    copyreg.pickle(AttentionBackendEnum, _reduce_backend)  # type: ignore[arg-type]
+    copyreg.pickle(AttentionBackendEnum, _reduce_backend)
     _register_kv_cache()
     _wrap_engine_args(prepare)
     _wrap_cpu_platform()
@@ -143,7 +143,7 @@ def _wrap_cpu_platform() -> None:
                 return path
             backend = backend_member().get_class()
             reasons = backend.validate_configuration(
-                device_capability=None,  # type: ignore[arg-type]
+                device_capability=None,
                 **attn_selector_config._asdict(),
             )
             if reasons:

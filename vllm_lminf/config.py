@@ -35,7 +35,7 @@ class SettingsError(ValueError):
         allowed = "\n".join(f"    {name}: {what}" for name, what in _ALLOWED.items())
         super().__init__(
             f"{BACKEND_NAME} can't start with these settings:\n{lines}\n"
-            f"  Set them with --additional-config '{{\"{SECTION}\": {{\"n_global\": 10, "
+            f'  Set them with --additional-config \'{{"{SECTION}": {{"n_global": 10, '
             f'"n_local": 4096}}}}\' or with {VARIABLE_PREFIX}N_GLOBAL, {VARIABLE_PREFIX}N_LOCAL, '
             f"{VARIABLE_PREFIX}DISTANCE_LIMIT:\n{allowed}"
         )
@@ -73,9 +73,11 @@ class Settings:
                 continue
             if value is not None:
                 values[name] = value
-        for key in section:
-            if key not in _NAMES:
-                problems.append(f'"{key}" in {SECTION} is not a setting; there are: {_listed()}')
+        problems += [
+            f'"{key}" in {SECTION} is not a setting; there are: {", ".join(_NAMES)}'
+            for key in section
+            if key not in _NAMES
+        ]
         known = {VARIABLE_PREFIX + name.upper() for name in _NAMES}
         for variable in sorted(environ):
             if variable.startswith(VARIABLE_PREFIX) and variable not in known:
@@ -114,10 +116,6 @@ class Settings:
             return LambdaPattern(self.n_global, n_local, limit)
         except ValueError as error:
             raise SettingsError([str(error)]) from error
-
-
-def _listed() -> str:
-    return ", ".join(_NAMES)
 
 
 def _section(additional_config: object, problems: list[str]) -> Mapping[str, Any]:

@@ -132,9 +132,7 @@ def _feature_reasons(config: "VllmConfig") -> list[str]:
     if config.speculative_config is not None:
         reasons.append("speculative decoding: not served yet")
     if config.kv_transfer_config is not None:
-        reasons.append(
-            "a KV connector: it moves blocks by position, and a Λ has gaps between them"
-        )
+        reasons.append("a KV connector: it moves blocks by position, and a Λ has gaps between them")
     parallel = config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         reasons.append("context parallelism: a window isn't sharded over ranks")

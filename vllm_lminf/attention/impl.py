@@ -39,7 +39,9 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             f"attention of type {attn_type!r}": attn_type != AttentionType.DECODER,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
             "learned attention sinks": sinks is not None,
-            **{f"the layer argument {name!r}": value is not None for name, value in unknown.items()},
+            **{
+                f"the layer argument {name!r}": value is not None for name, value in unknown.items()
+            },
         }
         if reasons := [f"{what}: not served" for what, present in unserved.items() if present]:
             raise UnsupportedError(reasons)

@@ -1,7 +1,7 @@
 """A child process that takes one JSON job and answers with JSON lines: both ends of the pipe.
 
 vLLM writes to stdout and stderr from several processes, so the answers travel on a pipe of their
-own and both streams go to a log file.
+own and both streams go to a log file. A child whose parent is gone ends when it next answers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,13 @@ from vllm_lminf.cli.errors import CliError
 Event = dict[str, Any]
 
 LOG_TAIL_LINES = 15
+ERROR_LINE = re.compile(r"\b\w+(Error|Exception): \S")
+
+EXIT_SECONDS = 60
+"""How long a child that has answered may take to end by itself."""
+
 STOP_SECONDS = 10
+"""How long a process may take to end once it is told to."""
 
 
 def run_child(
@@ -54,21 +61,26 @@ def run_child(
         try:
             _send(process, job)
             outcome = _receive(answers, on_event)
-            if outcome.get("event") == "result":
-                process.wait(timeout=STOP_SECONDS * 6)
-                return outcome["result"]
-        except subprocess.TimeoutExpired:
-            return outcome["result"]  # the answer is complete; only the engine's exit hangs
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=EXIT_SECONDS)
         finally:
             _stop(process)
+    if outcome["event"] == "result":
+        return outcome["result"]
     reason = outcome.get("message") or f"it ended with status {process.returncode}"
-    raise CliError(f"{reason}\nlog: {log_path}\n{log_tail(log_path)}")
+    raise CliError(f"{reason}\nlog: {log_path}\n{excerpt(log_path)}")
 
 
-def log_tail(log_path: Path) -> str:
-    """Return the last lines of a log, indented."""
+def excerpt(log_path: Path) -> str:
+    """Return the first error of a log, where one is to be seen, and the log's last lines.
+
+    The first matters where an engine's process fails: the last lines then only tell that it did.
+    """
     lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(f"    {line}" for line in lines[-LOG_TAIL_LINES:])
+    tail = lines[-LOG_TAIL_LINES:]
+    error = next((line for line in lines if ERROR_LINE.search(line)), None)
+    shown = tail if error is None or error in tail else [error, "...", *tail]
+    return "\n".join(f"    {line}" for line in shown)
 
 
 def _send(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> None:
@@ -117,6 +129,5 @@ def serve_job() -> Iterator[tuple[Any, Answers]]:
     try:
         yield json.load(sys.stdin), answers
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        answers.send("error", message=first_line)
+        answers.send("error", message=str(error).strip() or type(error).__name__)
         raise

@@ -18,6 +18,7 @@ still runs: a finished request holds nothing.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from dataclasses import asdict
@@ -34,6 +35,7 @@ from vllm_lminf.cli.scoring_job import (
     nll_curve,
     seconds_to_reach,
 )
+from vllm_lminf.config import BACKEND_NAME, SECTION
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -41,38 +43,49 @@ if TYPE_CHECKING:
 WARM_UP_DECODE_TOKENS = 8
 
 
+def start_engine(job: ScoringJob) -> LLM:
+    """Start vLLM for the job; raise when the attention that was asked for is not what runs."""
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    options: dict[str, Any] = {}
+    if job.hf_overrides:
+        options["hf_overrides"] = job.hf_overrides
+    if job.lminf:
+        options["additional_config"] = {SECTION: job.lminf}
+    llm = LLM(
+        model=job.model,
+        dtype=job.dtype,
+        max_model_len=max(job.lengths) + job.decode_tokens,
+        max_num_batched_tokens=job.chunk,
+        max_num_seqs=1,
+        kv_cache_memory_bytes=job.kv_cache_bytes,
+        enable_prefix_caching=True,
+        enforce_eager=current_platform.is_cpu() if job.compile is None else not job.compile,
+        async_scheduling=False,  # one step, one chunk
+        disable_log_stats=False,
+        seed=0,
+        **options,
+    )
+    backend = llm.llm_engine.vllm_config.attention_config.backend
+    if job.engine == "lminf" and getattr(backend, "name", None) != BACKEND_NAME:
+        raise RuntimeError(
+            f"vLLM runs without {BACKEND_NAME}: it did not load the plugin (is vllm-lminf "
+            "installed in this environment, and is VLLM_PLUGINS unset?)"
+        )
+    return llm
+
+
 class ScoringEngine:
     """A vLLM engine that is stepped by hand, one request at a time."""
 
-    def __init__(self, job: ScoringJob) -> None:
-        from vllm import LLM
-        from vllm.platforms import current_platform
-
-        self.eager = current_platform.is_cpu() if job.compile is None else not job.compile
-        options: dict[str, Any] = {}
-        if job.hf_overrides:
-            options["hf_overrides"] = job.hf_overrides
-        if job.lminf:
-            options["additional_config"] = {"lminf": job.lminf}
-        self.llm: LLM = LLM(
-            model=job.model,
-            dtype=job.dtype,
-            max_model_len=max(job.lengths) + job.decode_tokens,
-            max_num_batched_tokens=job.chunk,
-            max_num_seqs=1,
-            kv_cache_memory_bytes=job.kv_cache_bytes,
-            enable_prefix_caching=True,
-            enforce_eager=self.eager,
-            async_scheduling=False,  # one step, one chunk
-            disable_log_stats=False,
-            seed=0,
-            **options,
-        )
+    def __init__(self, llm: LLM, job: ScoringJob) -> None:
+        self.llm = llm
         self.job = job
-        self.engine = self.llm.llm_engine
+        self.engine = llm.llm_engine
         cache_config = self.engine.vllm_config.cache_config
         self.block_size: int = cache_config.block_size
-        self.pool_blocks: int = cache_config.num_gpu_blocks
+        self.pool_blocks: int = cache_config.num_gpu_blocks or 0
 
     def gauge(self, name: str) -> float:
         """Return the value of one of vLLM's gauges as of the last step."""
@@ -97,8 +110,9 @@ class ScoringEngine:
 
     def warm_up(self) -> None:
         """Run every kind of step once and forget the outcome."""
-        self.add("warm-up", self.job.token_ids[: self.job.chunk][::-1], WARM_UP_DECODE_TOKENS,
-                 score=True)
+        self.add(
+            "warm-up", self.job.token_ids[: self.job.chunk][::-1], WARM_UP_DECODE_TOKENS, score=True
+        )
         while self.engine.has_unfinished_requests():
             self.engine.step()
         self.llm.reset_prefix_cache()
@@ -147,7 +161,7 @@ class ScoringEngine:
         # The engine works on while the gauge is read, which takes longer than a fast step: the
         # step that follows it is left out.
         timed = stamps[: tokens - 1] if tokens > 2 else stamps
-        step_ms = [1000 * (b - a) for a, b in zip(timed, timed[1:], strict=False)]
+        step_ms = [1000 * (b - a) for a, b in itertools.pairwise(timed)]
         return DecodeRun(length, step_ms, blocks, cached)
 
 
@@ -174,9 +188,7 @@ def length_figures(
             nll=nll_at(nll, run.length),
             prefill_tokens_per_s=run.length / seconds_to_reach(steps, run.length),
             decode_ms_per_token=statistics.median(run.step_ms),
-            kv_blocks=max(
-                [run.kv_blocks, *(s.kv_blocks for s in steps if s.tokens <= run.length)]
-            ),
+            kv_blocks=max([run.kv_blocks, *(s.kv_blocks for s in steps if s.tokens <= run.length)]),
         )
         for run in runs
     ]
@@ -188,7 +200,7 @@ def main() -> None:
         job = ScoringJob(**data)
         begin = time.perf_counter()
         answers.send("phase", text="starting")
-        engine = ScoringEngine(job)
+        engine = ScoringEngine(start_engine(job), job)
         answers.send("phase", text="warming up")
         engine.warm_up()
         started = time.perf_counter()
@@ -211,7 +223,7 @@ def main() -> None:
             decode_runs=runs,
             block_size=engine.block_size,
             pool_blocks=engine.pool_blocks,
-            eager=engine.eager,
+            eager=engine.engine.model_config.enforce_eager,
             start_seconds=started - begin,
             scoring_seconds=scored - started,
             total_seconds=time.perf_counter() - begin,

@@ -179,7 +179,7 @@ def _attend_window(
 def _gather(
     kv_cache: torch.Tensor, block_row: torch.Tensor, start: int, end: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of positions [start, end), contiguous: [num_kv_heads, end - start, head_size].
+    """Keys and values of positions [start, end): each [num_kv_heads, end - start, head_size].
 
     Only the slots of these positions are part of the result; the rest of their blocks is dropped.
     """
@@ -312,4 +312,4 @@ def _add_global_branch(
     weights = (scores - joint_lse[..., None]).exp()
     joined = torch.einsum("rhgn,hnd->rhgd", weights, global_value.to(wide))
     joined += (local_lse - joint_lse).exp()[..., None] * local.view(grouped)
-    local.copy_(joined.view(local.shape))
+    local.copy_(joined.reshape(local.shape))

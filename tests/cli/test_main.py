@@ -1,0 +1,53 @@
+"""The command line itself: what it loads, and how it refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_lminf.cli.main import build_parser, main
+
+HEAVY = ("vllm", "torch", "transformers", "matplotlib", "rich", "numpy")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from vllm_lminf.cli.main import main\n"
+        "try:\n"
+        "    main(['eval', '--help'])\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 0\n"
+        f"print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--distance-limit" in done.stdout
+    assert done.stderr.strip() == "[]"
+
+
+def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_options_of_eval() -> None:
+    args = build_parser().parse_args(["eval", "--model", "m", "--text", "t", "--output", "o"])
+    assert (args.n_global, args.n_local, args.distance_limit) == (None, None, None)
+    assert (args.engines, args.lengths, args.chunk) == ("full,lminf", None, 2048)
+
+
+def test_every_problem_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(
+        [
+            *("eval", "--model", str(tmp_path), "--text", str(tmp_path / "none.txt")),
+            *("--output", str(tmp_path / "out"), "--chunk", "0", "--decode-tokens", "1"),
+        ]
+    )
+    errors = capsys.readouterr().err
+    assert status == 1
+    for words in ("no config.json", "no such file", "--chunk 0", "--decode-tokens 1"):
+        assert words in errors
+    assert not (tmp_path / "out").exists()

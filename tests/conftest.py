@@ -1,0 +1,27 @@
+"""What tests of every kind share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_MODEL = Path(__file__).parents[1] / "build" / "models" / "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def model_path() -> str:
+    """A small trained LLaMA-style model: 30 layers, trained on 8192 tokens of context."""
+    if not (_MODEL / "config.json").is_file():
+        pytest.fail(f"{_MODEL} holds no model: run `make model` first")
+    return str(_MODEL)
+
+
+@pytest.fixture(scope="session")
+def stock_config(model_path: str) -> "VllmConfig":
+    """An engine's configuration in which LMINF isn't selected. Not to be changed."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=model_path).create_engine_config()

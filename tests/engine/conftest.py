@@ -1,0 +1,69 @@
+"""Real vLLM engines, run inside the test's own process, so that a test can look into the pool."""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+Engine = Callable[..., AbstractContextManager[LLM]]
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """``with engine(path, n_local=.., **arguments of LLM) as llm``: LMINF in float32, eager."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.delenv("VLLM_ATTENTION_BACKEND", raising=False)
+
+    @contextlib.contextmanager
+    def start(
+        model: Path,
+        *,
+        n_global: int | None = None,
+        n_local: int | None = None,
+        distance_limit: int | None = None,
+        backend: str | None = "LMINF",
+        **arguments: Any,
+    ) -> Iterator[LLM]:
+        given = {"n_global": n_global, "n_local": n_local, "distance_limit": distance_limit}
+        settings = {name: value for name, value in given.items() if value is not None}
+        defaults: dict[str, Any] = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "max_num_seqs": 8,
+            "kv_cache_memory_bytes": 1 << 28,
+        }
+        llm = LLM(
+            str(model),
+            attention_backend=backend,
+            additional_config={"lminf": settings} if settings else {},
+            **(defaults | arguments),
+        )
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+    return start
+
+
+def kv_cache_manager(llm: LLM) -> KVCacheManager:
+    """The scheduler's manager of an engine in this process."""
+    manager: KVCacheManager = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+    return manager
+
+
+def block_pool(llm: LLM) -> BlockPool:
+    """The pool of an engine in this process."""
+    return kv_cache_manager(llm).block_pool

@@ -1,0 +1,343 @@
+"""Batches over a paged KV cache, and the attention they must get, by its literal definition.
+
+Nothing here uses the package's own rotations or masks: a pair of dimensions is a complex number,
+turning it is a product with a unit complex number, and a pair of tokens is an iteration of a loop.
+"""
+
+import math
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+from vllm_lminf.kernels import paged, reference
+from vllm_lminf.pattern import LambdaPattern, cdiv
+from vllm_lminf.rope import RotarySpec, RotationTables
+
+TABLE_ERROR = (3 / math.sqrt(2) + 2 * math.sqrt(5)) * 2**-24
+"""Bound on the distance between a unit vector of `RotationTables` and the true one.
+
+A cosine or sine below 1 is rounded to float32 with an error up to 2**-25, so an entry (cos, sin)
+is off by up to sqrt(2) * 2**-25, and three entries are joined. The two complex products that join
+them, in float32, add up to sqrt(5) * 2**-24 each (Brent, Percival and Zimmermann, 2007).
+"""
+
+_FAR = 20_000  # The oracle materialises every key: longer sequences use the literal definition.
+_UNSEEN = 1e4  # What the oracle holds where no query sees a key: it would show in any result.
+
+
+def make_rotary(
+    rotary_dim: int, is_neox_style: bool = True, magnitude: float = 1.0, theta: float = 1e4
+) -> RotarySpec:
+    inv_freq = theta ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    return RotarySpec(inv_freq, is_neox_style, magnitude)
+
+
+def turn(x: torch.Tensor, positions: torch.Tensor, rotary: RotarySpec) -> torch.Tensor:
+    """``x`` [tokens, heads, head_size], float64, as a model rotates it at ``positions``."""
+    half = rotary.inv_freq.numel()
+    head, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if rotary.is_neox_style:
+        pairs = torch.complex(head[..., :half], head[..., half:])
+    else:
+        pairs = torch.complex(head[..., 0::2], head[..., 1::2])
+    angles = positions.to(torch.float64)[:, None, None] * rotary.inv_freq
+    pairs = pairs * torch.polar(torch.full_like(angles, rotary.magnitude), angles)
+    if rotary.is_neox_style:
+        head = torch.cat((pairs.real, pairs.imag), dim=-1)
+    else:
+        head = torch.view_as_real(pairs).flatten(-2)
+    return torch.cat((head, rest), dim=-1)
+
+
+def literal_attention(
+    query: torch.Tensor,
+    query_positions: list[int],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_positions: list[int],
+    pattern: LambdaPattern,
+    *,
+    scale: float,
+    rotary: RotarySpec | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Every visible pair scored at min(i - j, distance_limit), one after the other, in float64.
+
+    Args:
+        query: not rotated; [num_queries, num_heads, head_size].
+        query_positions: where each query stands.
+        key: not rotated; [num_keys, num_kv_heads, head_size].
+        value: same shape.
+        key_positions: where each key stands; positions that are left out are seen by no query.
+        pattern: the Λ.
+        scale: factor on every score.
+        rotary: RoPE, or None.
+        alibi_slopes: ALiBi's slopes [num_heads], or None.
+    """
+    group = query.shape[1] // key.shape[1]
+    query = query.to(torch.float64)
+    key = key.to(torch.float64).repeat_interleave(group, dim=1)
+    value = value.to(torch.float64).repeat_interleave(group, dim=1)
+    G, W, L = pattern.n_global, pattern.n_local, pattern.distance_limit
+    output = torch.empty_like(query)
+    for row, i in enumerate(query_positions):
+        scores, seen = [], []
+        for column, j in enumerate(key_positions):
+            if j > i or not (j < G or i - j < W):
+                continue
+            distance = min(i - j, L)
+            turned, still = query[row], key[column]
+            if rotary is not None:
+                turned = turn(turned[None], torch.tensor([distance]), rotary)[0]
+                still = turn(still[None], torch.tensor([0]), rotary)[0]
+            score = (turned * still).sum(dim=-1) * scale
+            if alibi_slopes is not None:
+                score = score - alibi_slopes * distance
+            scores.append(score)
+            seen.append(value[column])
+        weights = torch.stack(scores).softmax(dim=0)
+        output[row] = (weights[..., None] * torch.stack(seen)).sum(dim=0)
+    return output
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch to be drawn.
+
+    Attributes:
+        kind: a name for reports.
+        requests: of each request, the tokens in the cache before and the tokens of this step.
+        heads: query heads and key heads.
+        head_size: dimensions of a head.
+        block_size: tokens of a block.
+        pattern: n_global, n_local and distance_limit.
+        rotary_dim: leading dimensions that are rotated; 0 for a model without RoPE.
+        is_neox_style: pairing of rotated dimensions.
+        magnitude: YaRN's factor.
+    """
+
+    kind: str
+    requests: tuple[tuple[int, int], ...]
+    heads: tuple[int, int] = (6, 2)
+    head_size: int = 64
+    block_size: int = 16
+    pattern: tuple[int, int, int] = (10, 48, 48)
+    rotary_dim: int | None = None
+    is_neox_style: bool = True
+    magnitude: float = 1.0
+
+    @property
+    def id(self) -> str:
+        requests = "+".join(f"{computed}:{new}" for computed, new in self.requests[:4])
+        more = "..." if len(self.requests) > 4 else ""
+        rotary = "" if self.rotary_dim is None else f"r{self.rotary_dim}"
+        style = "neox" if self.is_neox_style else "gptj"
+        pattern = "G{}-W{}-L{}".format(*self.pattern)
+        return (
+            f"{self.kind}[{requests}{more}]-h{self.heads[0]}/{self.heads[1]}-d{self.head_size}"
+            f"{rotary}-{style}-B{self.block_size}-{pattern}"
+        )
+
+
+@dataclass
+class _Stretch:
+    """One request: its queries, and the keys that they see. Float64, not rotated."""
+
+    query_positions: list[int]
+    query: torch.Tensor
+    key_positions: list[int]
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass
+class Batch:
+    """A drawn batch. Queries and keys are float64, and not rotated until they are asked for."""
+
+    pattern: LambdaPattern
+    rotary: RotarySpec | None
+    scale: float
+    block_size: int
+    num_blocks: int
+    block_table: torch.Tensor
+    stretches: list[_Stretch] = field(default_factory=list)
+
+    @property
+    def query_start_loc(self) -> list[int]:
+        offsets = [0]
+        for stretch in self.stretches:
+            offsets.append(offsets[-1] + len(stretch.query_positions))
+        return offsets
+
+    @property
+    def seq_lens(self) -> list[int]:
+        return [stretch.query_positions[-1] + 1 for stretch in self.stretches]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return torch.tensor([i for s in self.stretches for i in s.query_positions])
+
+    def query(self, dtype: torch.dtype) -> torch.Tensor:
+        """Rotated queries of the batch, as the kernel gets them."""
+        rows = [self._turn(s.query, s.query_positions) for s in self.stretches]
+        return torch.cat(rows).to(dtype)
+
+    def kv_cache(self, dtype: torch.dtype) -> torch.Tensor:
+        """The cache: NaN everywhere but in the slots of keys that a query of this batch sees."""
+        num_kv_heads, head_size = self.stretches[0].key.shape[1:]
+        shape = (self.num_blocks, num_kv_heads, self.block_size, 2 * head_size)
+        cache = torch.full(shape, torch.nan, dtype=dtype)
+        # Within a head's share of a block, all keys come before all values.
+        halves = cache.view(self.num_blocks, num_kv_heads, 2, self.block_size, head_size)
+        for row, stretch in enumerate(self.stretches):
+            where = torch.tensor(stretch.key_positions)
+            block = self.block_table[row, where // self.block_size].long()
+            key = self._turn(stretch.key, stretch.key_positions)
+            halves[block, :, 0, where % self.block_size] = key.to(dtype)
+            halves[block, :, 1, where % self.block_size] = stretch.value.to(dtype)
+        return cache
+
+    def far(self) -> paged.FarRotations | None:
+        """Far rotations from the package's tables."""
+        if self.rotary is None:
+            return None
+        tables = RotationTables(self.rotary.inv_freq)
+        return paged.far_rotations(tables, self.rotary.is_neox_style, self.positions, self.pattern)
+
+    def exact_far(self) -> paged.FarRotations | None:
+        """Far rotations from cosines and sines in float64: what remains is the kernel's doing."""
+        if self.rotary is None:
+            return None
+        back = (self.positions - self.pattern.distance_limit).clamp(min=0)
+        query = back.to(torch.float64)[:, None] * self.rotary.inv_freq
+        key = torch.arange(self.pattern.n_global, dtype=torch.float64)[:, None]
+        key = key * self.rotary.inv_freq
+        return paged.FarRotations(
+            query.cos(), -query.sin(), key.cos(), -key.sin(), self.rotary.is_neox_style
+        )
+
+    def run_paged(self, dtype: torch.dtype, far: paged.FarRotations | None) -> torch.Tensor:
+        """The kernel's output [num_tokens, num_heads, head_size]."""
+        query = self.query(dtype)
+        output = torch.full_like(query, torch.nan)
+        self.attend(query, far, output)
+        return output
+
+    def attend(
+        self, query: torch.Tensor, far: paged.FarRotations | None, output: torch.Tensor
+    ) -> None:
+        """Calls the kernel with rows of the caller's."""
+        paged.lambda_attention(
+            query,
+            self.kv_cache(query.dtype),
+            self.block_table,
+            self.query_start_loc,
+            self.seq_lens,
+            self.pattern,
+            scale=self.scale,
+            far=far,
+            output=output,
+        )
+
+    def run_oracle(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """The oracle's output, every step of it in ``dtype``."""
+        return torch.cat([self._oracle(stretch, dtype) for stretch in self.stretches])
+
+    def run_literal(self) -> torch.Tensor:
+        return torch.cat(
+            [
+                literal_attention(
+                    s.query, s.query_positions, s.key, s.value, s.key_positions,
+                    self.pattern, scale=self.scale, rotary=self.rotary,
+                )
+                for s in self.stretches
+            ]
+        )  # fmt: skip
+
+    def table_error(self) -> float:
+        """Bound on what the tables' rounding does to an output.
+
+        A far query and a stationary key are off by TABLE_ERROR of their length each, so a score is
+        off by at most e = 2 * TABLE_ERROR * scale * |q| * |k|. Its weight in the softmax is then
+        off by a factor within exp(+-2e), and an output by (exp(2e) - 1) of the largest value.
+        """
+        if self.rotary is None:
+            return 0.0
+        query = max(s.query.norm(dim=-1).max().item() for s in self.stretches)
+        key = max(s.key.norm(dim=-1).max().item() for s in self.stretches)
+        value = max(s.value.abs().max().item() for s in self.stretches)
+        lengths = query * key * self.rotary.magnitude**2
+        return math.expm1(4 * TABLE_ERROR * self.scale * lengths) * value
+
+    def _turn(self, x: torch.Tensor, positions: list[int]) -> torch.Tensor:
+        return x if self.rotary is None else turn(x, torch.tensor(positions), self.rotary)
+
+    def _oracle(self, stretch: _Stretch, dtype: torch.dtype) -> torch.Tensor:
+        seq_len = stretch.query_positions[-1] + 1
+        if seq_len > _FAR:
+            raise ValueError(f"{seq_len} tokens are too many to materialise: use run_literal")
+        key = torch.full((seq_len, *stretch.key.shape[1:]), _UNSEEN, dtype=dtype)
+        value = key.clone()
+        key[stretch.key_positions] = stretch.key.to(dtype)
+        value[stretch.key_positions] = stretch.value.to(dtype)
+        return reference.lambda_attention(
+            stretch.query.to(dtype),
+            key,
+            value,
+            self.pattern,
+            scale=self.scale,
+            rotary=self.rotary,
+            query_start=stretch.query_positions[0],
+        )
+
+
+def make_batch(case: Case, seed: int = 0) -> Batch:
+    """Draws a batch. Blocks lie in random order, among blocks that belong to nobody; entries of
+    freed blocks, and entries past a request's end, name block 0, which is poisoned too."""
+    generator = torch.Generator().manual_seed(seed)
+    pattern = LambdaPattern(*case.pattern)
+    rotary = None
+    if case.rotary_dim != 0:
+        rotary = make_rotary(case.rotary_dim or case.head_size, case.is_neox_style, case.magnitude)
+    num_heads, num_kv_heads = case.heads
+
+    def draw(count: int, heads: int) -> torch.Tensor:
+        shape = (count, heads, case.head_size)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    live, stretches = [], []
+    for computed, new in case.requests:
+        seq_len = computed + new
+        queries = list(range(computed, seq_len))
+        window = range(max(0, computed - pattern.n_local + 1), seq_len)
+        seen = sorted({*range(min(pattern.n_global, seq_len)), *window})
+        freed = pattern.freed_blocks(computed, case.block_size)
+        num_entries = cdiv(seq_len, case.block_size)
+        live.append([*range(min(freed.start, num_entries)), *range(freed.stop, num_entries)])
+        stretches.append(
+            _Stretch(
+                queries,
+                draw(new, num_heads),
+                seen,
+                draw(len(seen), num_kv_heads),
+                draw(len(seen), num_kv_heads),
+            )
+        )
+    num_blocks = 1 + sum(map(len, live)) + 3
+    unused = list(range(1, num_blocks))
+    random.Random(seed).shuffle(unused)
+    longest = max(cdiv(computed + new, case.block_size) for computed, new in case.requests)
+    block_table = torch.zeros(len(case.requests), longest + 2, dtype=torch.int32)
+    for row, blocks in enumerate(live):
+        for block in blocks:
+            block_table[row, block] = unused.pop()
+    return Batch(
+        pattern,
+        rotary,
+        case.head_size**-0.5,
+        case.block_size,
+        num_blocks,
+        block_table,
+        stretches,
+    )

@@ -1,0 +1,370 @@
+"""The entry point, and every place of vLLM that the plugin stands on.
+
+Where a new vLLM moves one of these places, `TestHooks` fails with its name.
+"""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+import torch
+import vllm.envs
+import vllm.plugins
+import vllm.version
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+from vllm_lminf import compat, plugin
+from vllm_lminf.config import BACKEND_NAME
+
+WRAPPED = [(EngineArgs, "create_engine_config"), (CpuPlatform, "get_attn_backend_cls")]
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    """Each test starts, and ends, with vLLM as it is without the plugin."""
+    vllm.plugins.load_general_plugins()
+    compat.uninstall()
+    yield
+    compat.uninstall()
+
+
+def functions() -> list[Any]:
+    return [owner.__dict__[name] for owner, name in WRAPPED]
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+class TestRegister:
+    def test_is_the_entry_point(self) -> None:
+        (entry,) = entry_points(group="vllm.general_plugins", name="lminf")
+        assert entry.load() is plugin.register
+
+    def test_wraps_and_uninstall_restores(self) -> None:
+        originals = functions()
+        plugin.register()
+        assert all(now is not before for now, before in zip(functions(), originals, strict=True))
+        compat.uninstall()
+        assert all(now is before for now, before in zip(functions(), originals, strict=True))
+
+    def test_twice_is_once(self) -> None:
+        originals = functions()
+        plugin.register()
+        wrapped = functions()
+        members = list(AttentionBackendEnum)
+        plugin.register()
+        assert all(now is before for now, before in zip(functions(), wrapped, strict=True))
+        assert list(AttentionBackendEnum) == members
+        compat.uninstall()
+        assert all(now is before for now, before in zip(functions(), originals, strict=True))
+
+    def test_uninstall_twice_is_harmless(self) -> None:
+        plugin.register()
+        compat.uninstall()
+        originals = functions()
+        compat.uninstall()
+        assert all(now is before for now, before in zip(functions(), originals, strict=True))
+
+    def test_wrappers_look_like_what_they_wrap(self) -> None:
+        before = [inspect.signature(getattr(owner, name)) for owner, name in WRAPPED]
+        plugin.register()
+        assert [inspect.signature(getattr(owner, name)) for owner, name in WRAPPED] == before
+
+    def test_backend_is_known_by_name(self) -> None:
+        from vllm_lminf.attention.backend import LambdaAttentionBackend
+
+        plugin.register()
+        member = AttentionBackendEnum[BACKEND_NAME]
+        assert member is compat.backend_member()
+        assert member.get_class() is LambdaAttentionBackend
+        assert LambdaAttentionBackend.get_name() == BACKEND_NAME
+
+    def test_every_backend_of_vllm_stays_what_it_was(self) -> None:
+        before = {b.name: b.get_path() for b in AttentionBackendEnum if b.value}
+        plugin.register()
+        assert {b.name: b.get_path() for b in AttentionBackendEnum if b.value} == before
+
+
+class TestVersions:
+    """Where this vLLM can't host the plugin, it stays out of the way unless it was asked for."""
+
+    @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.33.0", "0.33.0rc2", "0.33.1.dev7"])
+    def test_supported(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vllm.version, "__version__", version)
+        assert compat.unsupported_environment() == []
+
+    @pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "0.34.0rc1", "1.0.0", "dev"])
+    def test_unsupported(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vllm.version, "__version__", version)
+        (reason,) = compat.unsupported_environment()
+        assert version in reason
+
+    def test_unsupported_platform(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(current_platform, "device_type", "tpu")
+        (reason,) = compat.unsupported_environment()
+        assert "'tpu'" in reason
+
+    def test_is_left_alone_unless_selected(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vllm.version, "__version__", "0.99.0")
+        monkeypatch.delenv("VLLM_ATTENTION_BACKEND", raising=False)
+        originals = functions()
+        plugin.register()
+        assert all(now is before for now, before in zip(functions(), originals, strict=True))
+
+    @pytest.mark.parametrize("name", ["LMINF", "lminf"])
+    def test_selected_it_says_every_reason(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(vllm.version, "__version__", "0.99.0")
+        monkeypatch.setattr(current_platform, "device_type", "tpu")
+        monkeypatch.setenv("VLLM_ATTENTION_BACKEND", name)
+        with pytest.raises(RuntimeError, match=r"0\.99\.0 is installed.*'tpu'"):
+            plugin.register()
+
+
+class TestImports:
+    def test_package_and_kernels_do_not_import_vllm(self) -> None:
+        """Nor does the module that holds the entry point: vLLM imports it while it loads itself."""
+        import vllm_lminf.kernels
+
+        kernels = [f"vllm_lminf.kernels.{m.name}" for m in pkgutil.iter_modules(kernels_path())]
+        assert "vllm_lminf.kernels.paged" in kernels
+        names = ["vllm_lminf", vllm_lminf.kernels.__name__, *kernels]
+        names += [f"vllm_lminf.{name}" for name in ("pattern", "rope", "config", "plugin")]
+        assert run_python(imported(names, "vllm")) == "[]\n"
+
+    def test_pattern_and_settings_do_not_import_torch(self) -> None:
+        names = ["vllm_lminf", "vllm_lminf.pattern", "vllm_lminf.config", "vllm_lminf.plugin"]
+        assert run_python(imported(names, "torch")) == "[]\n"
+
+    def test_no_kernel_imports_the_oracle(self) -> None:
+        names = ["vllm_lminf.kernels.paged"]
+        assert run_python(imported(names, "vllm_lminf.kernels.reference")) == "[]\n"
+
+    def test_the_oracle_imports_no_kernel(self) -> None:
+        names = ["vllm_lminf.kernels.reference"]
+        assert run_python(imported(names, "vllm_lminf.kernels.paged")) == "[]\n"
+
+
+def kernels_path() -> list[str]:
+    return list(importlib.import_module("vllm_lminf.kernels").__path__)
+
+
+def imported(names: list[str], what: str) -> str:
+    """Code that imports modules and prints which modules of a package that brought along."""
+    return (
+        f"import sys, importlib\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        f"print([m for m in sys.modules if m == {what!r} or m.startswith({what!r} + '.')])"
+    )
+
+
+def place(path: str) -> Any:
+    """What a dotted path names: a module, or an attribute of one."""
+    module, _, name = path.partition(":")
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+# Functions of vLLM that are called or wrapped, and the arguments they are given, in order.
+FUNCTIONS = {
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config": "self",
+    "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls": (
+        "selected_backend attn_selector_config num_heads"
+    ),
+    "vllm.v1.attention.backends.registry:register_backend": "backend class_path",
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_path": "self",
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class": "self",
+    "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": (
+        "kvcache_spec_cls manager_class uniform_type_base_spec"
+    ),
+    "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.check_kv_cache_spec_registry": (
+        "kv_cache_spec"
+    ),
+    "vllm.config.model:_get_and_verify_max_len": (
+        "hf_config model_arch_config tokenizer_config max_model_len disable_sliding_window "
+        "sliding_window"
+    ),
+    "vllm.config:get_current_vllm_config": "",
+    # No base class declares it: it is called as another backend's is.
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (
+        "self layer key value kv_cache slot_mapping"
+    ),
+    "vllm.v1.core.kv_cache_utils:resolve_block_hashes": (
+        "block_hashes hash_block_size block_size supports_fine_grained_hash_lookup "
+        "alignment_tokens"
+    ),
+    "vllm.v1.core.block_pool:BlockPool.get_cached_block": "self block_hash kv_cache_group_ids",
+    "vllm.v1.core.block_pool:BlockPool.touch": "self blocks",
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager._remove_blocks_in_range": (
+        "self request_id first_block last_block"
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager._get_num_evictable_blocks":
+        "blocks",
+}  # fmt: skip
+
+# Classes of vLLM that are derived from. Whatever they call in ours must still look as ours does.
+BASES = {
+    "vllm_lminf.attention.backend:LambdaAttentionBackend": (
+        "vllm.v1.attention.backend:AttentionBackend",
+        "get_name get_impl_cls get_builder_cls get_supported_kernel_block_sizes "
+        "supported_kv_cache_layouts supports_kv_connector customize_spec",
+    ),
+    "vllm_lminf.attention.impl:LambdaAttentionImpl": (
+        "vllm.v1.attention.backend:AttentionImpl",
+        "process_weights_after_loading forward",
+    ),
+    "vllm_lminf.attention.metadata:LambdaMetadataBuilder": (
+        "vllm.v1.attention.backend:AttentionMetadataBuilder",
+        "__init__ build",
+    ),
+    "vllm_lminf.kv_cache.manager:LambdaManager": (
+        "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
+        "get_num_skipped_tokens remove_skipped_blocks get_num_blocks_to_allocate "
+        "add_local_computed_blocks pop_blocks_for_free find_longest_cache_hit",
+    ),
+    "vllm_lminf.kv_cache.spec:LambdaSpec": (
+        "vllm.v1.kv_cache_interface:SlidingWindowSpec",
+        "max_admission_blocks_per_request is_uniform_with_collection",
+    ),
+}
+
+# Fields that are read or set.
+FIELDS = {
+    "vllm.engine.arg_utils:EngineArgs": "attention_backend attention_config additional_config",
+    "vllm.config:VllmConfig": (
+        "model_config cache_config parallel_config speculative_config kv_transfer_config "
+        "additional_config"
+    ),
+    "vllm.config.attention:AttentionConfig": "backend backend_per_kind",
+    "vllm.config:ModelConfig": "max_model_len runner",
+    "vllm.config:CacheConfig": "cache_dtype",
+    "vllm.config:ParallelConfig": (
+        "decode_context_parallel_size prefill_context_parallel_size"
+    ),
+    "vllm.v1.kv_cache_interface:SlidingWindowSpec": (
+        "block_size num_kv_heads head_size head_size_v dtype kv_quant_mode max_tp_shards "
+        "page_size_padded sliding_window extra_retained_tokens"
+    ),
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "query_start_loc_cpu seq_lens num_reqs block_table_tensor"
+    ),
+    "vllm.v1.core.kv_cache_utils:KVCacheBlock": "block_id ref_cnt is_null",
+}  # fmt: skip
+
+# Whatever else is looked up by name.
+NAMES = [
+    "vllm.config.cache:CacheDType",
+    "vllm.config:ModelConfig.is_attention_free",
+    "vllm.config:ModelConfig.is_encoder_decoder",
+    "vllm.config:ModelConfig.is_hybrid",
+    "vllm.config:ModelConfig.use_mla",
+    "vllm.config:ModelConfig.uses_mrope",
+    "vllm.config:VllmConfig.max_in_flight_tokens",
+    "vllm.envs:environment_variables",
+    "vllm.logger:init_logger",
+    "vllm.platforms:current_platform.device_type",
+    "vllm.v1.attention.backend:AttentionBackend.forward_includes_kv_cache_update",
+    "vllm.v1.attention.backend:AttentionBackend.supported_dtypes",
+    "vllm.v1.attention.backend:AttentionBackend.supported_kv_cache_dtypes",
+    "vllm.v1.attention.backend:AttentionBackend.validate_configuration",
+    "vllm.v1.attention.backend:AttentionType.DECODER",
+    "vllm.v1.attention.backend:MultipleOf",
+    "vllm.v1.kv_cache_interface:KVCacheLayout.LBHNC",
+    "vllm.version:__version__",
+]
+
+
+class TestHooks:
+    """Each place of vLLM that the plugin stands on, by name."""
+
+    @pytest.mark.parametrize("path", FUNCTIONS)
+    def test_function_takes_what_it_is_given(self, path: str) -> None:
+        names = list(inspect.signature(place(path)).parameters)
+        wanted = FUNCTIONS[path].split()
+        assert names[: len(wanted)] == wanted
+
+    @pytest.mark.parametrize("ours", BASES)
+    def test_overridden_methods_are_called_as_before(self, ours: str) -> None:
+        derived = place(ours)
+        path, methods = BASES[ours]
+        base = place(path)
+        assert issubclass(derived, base)
+        assert set(methods.split()) <= set(vars(derived)), "the table names one that isn't there"
+        for method in methods.split():
+            theirs = inspect.signature(getattr(base, method)).parameters
+            assert list(inspect.signature(getattr(derived, method)).parameters) == list(theirs), (
+                f"{path}.{method} takes other arguments now"
+            )
+
+    @pytest.mark.parametrize("path", FIELDS)
+    def test_fields(self, path: str) -> None:
+        fields = {field.name for field in dataclasses.fields(place(path))}
+        assert set(FIELDS[path].split()) <= fields
+
+    @pytest.mark.parametrize("path", NAMES)
+    def test_name(self, path: str) -> None:
+        place(path)
+
+    def test_a_backend_is_registered_by_name(self) -> None:
+        """`register_backend` makes a member of the enumeration from a string."""
+        from vllm.v1.attention.backends.registry import register_backend
+
+        assert "backend" in inspect.signature(register_backend).parameters
+        member = compat.backend_member()
+        assert AttentionBackendEnum[BACKEND_NAME] is member
+        with pytest.raises(ValueError, match="already exists"):
+            register_backend(BACKEND_NAME, "some.other.Class")
+
+    def test_cpu_platform_ignores_the_selected_backend(self) -> None:
+        """Why its method is wrapped. Should this fail, the wrapper is no longer needed."""
+        config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 16)
+        path = CpuPlatform.get_attn_backend_cls(compat.backend_member(), config)
+        assert path == AttentionBackendEnum.CPU_ATTN.get_path()
+
+    def test_selector_config_is_what_a_backend_validates(self) -> None:
+        """The wrapper hands its fields to `validate_configuration` by name."""
+        config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 16)
+        backend = compat.backend_member().get_class()
+        assert backend.validate_configuration(device_capability=None, **config._asdict()) == []
+
+    def test_both_model_runners_ask_the_backend_for_its_spec(self) -> None:
+        from vllm.v1.worker import utils
+
+        assert "customize_spec" in inspect.getsource(utils.customize_attention_spec)
+        for runner in ("gpu_model_runner", "gpu.attn_utils"):
+            module = importlib.import_module(f"vllm.v1.worker.{runner}")
+            assert "customize_attention_spec" in inspect.getsource(module), runner
+
+    def test_spec_registry_fills_itself_only_while_it_is_empty(self) -> None:
+        """Why vLLM's own registration is called first; run where nothing is registered yet."""
+        count = (
+            "from vllm.v1 import kv_cache_spec_registry as r\n"
+            "print(len(r._REGISTRY_KVCACHESPEC_LIST))\n"
+            "r.KVCacheSpecRegistry.check_kv_cache_spec_registry({})\n"
+            "print(len(r._REGISTRY_KVCACHESPEC_LIST))"
+        )
+        before, after = map(int, run_python(count).split())
+        assert before == 0
+        assert after > 3
+
+    def test_long_context_variable_is_read_when_it_is_used(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for value, meaning in (("1", True), ("0", False)):
+            monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", value)
+            assert vllm.envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN is meaning

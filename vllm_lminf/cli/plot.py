@@ -1,0 +1,75 @@
+"""The picture of ``vllm-lminf eval``: quality, decode time and memory against length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_lminf.cli.report import LABELS, Evaluation
+from vllm_lminf.cli.scoring_job import NLL_BUCKET, EngineName
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS: dict[EngineName, str] = {"full": "#b5541c", "lminf": "#1f6fb4"}
+GREY = "#666666"
+
+
+def draw(evaluation: Evaluation, path: Path) -> None:
+    """Draw three panels over the same lengths and save them as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    quality, speed, memory = figure.subplots(1, 3)
+    for engine, result in evaluation.results.items():
+        lengths = [f.length for f in result.figures]
+        style: dict[str, Any] = {"color": COLORS[engine], "marker": "o", "markersize": 5}
+        middles = [(k + 0.5) * NLL_BUCKET for k in range(len(result.nll_curve))]
+        quality.plot(middles, result.nll_curve, color=COLORS[engine], linewidth=0.8, alpha=0.35)
+        quality.plot(lengths, [f.nll for f in result.figures], label=LABELS[engine], **style)
+        speed.plot(lengths, [f.decode_ms_per_token for f in result.figures], **style)
+        memory.plot(lengths, [f.kv_blocks for f in result.figures], **style)
+
+    quality.set_title("NLL, nats per token (lower is better)")
+    speed.set_title("Decode time, ms per token")
+    memory.set_title("KV blocks held by the request")
+    speed.set_ylim(bottom=0)
+    memory.set_ylim(bottom=0)
+    for axes in (quality, speed, memory):
+        _finish(axes, evaluation)
+    quality.set_xlabel(f"tokens (thin: mean of every {NLL_BUCKET})")
+    quality.legend(loc="upper left", framealpha=1, edgecolor="none")
+    figure.suptitle(
+        f"{Path(evaluation.model).name}: a text longer than the model was trained for",
+        fontsize=13,
+        fontweight="bold",
+    )
+    figure.savefig(path)
+
+
+def _finish(axes: Axes, evaluation: Evaluation) -> None:
+    """Give a panel its common x axis and the line at the trained length."""
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
+
+    longest = max(evaluation.lengths)
+    axes.set_xlim(0, longest * 1.03)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x else "0"))
+    step = max(1024, 1 << (max(longest // 6, 1).bit_length()))
+    axes.xaxis.set_major_locator(MultipleLocator(step))
+    axes.set_xlabel("tokens")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    if evaluation.trained_length is not None and evaluation.trained_length <= longest:
+        axes.axvline(evaluation.trained_length, color=GREY, linestyle="--", linewidth=1)
+        axes.annotate(
+            "trained length",
+            (evaluation.trained_length, 0.02),
+            xycoords=("data", "axes fraction"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            color=GREY,
+            fontsize=9,
+        )

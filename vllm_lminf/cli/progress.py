@@ -1,0 +1,100 @@
+"""How far the engines are: bars on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from vllm_lminf.cli.child import Event
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LINE_SECONDS = 10.0
+"""Least seconds between two plain lines about the same phase."""
+
+
+class Display(Protocol):
+    """Where an engine's events are shown."""
+
+    def show(self, engine: str, event: Event) -> None:
+        """Show one event of an engine: a new phase, or tokens done."""
+
+    def finish(self, engine: str) -> None:
+        """Say that the engine has done all its work."""
+
+
+class Lines:
+    """Plain lines, for logs and pipes."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._total = total
+        self._begin = self._last = time.monotonic()
+
+    def show(self, engine: str, event: Event) -> None:
+        if event["event"] == "phase":
+            self._print(f"{engine}: {event['text']}")
+        elif time.monotonic() - self._last >= LINE_SECONDS:
+            self._print(f"{engine}: {event['tokens']} of {self._total} tokens")
+
+    def finish(self, engine: str) -> None:
+        self._print(f"{engine}: done")
+
+    def _print(self, text: str) -> None:
+        self._last = time.monotonic()
+        self._console.print(f"[{self._last - self._begin:4.0f} s] {text}", markup=False)
+
+
+class Bars:
+    """One bar per engine; its length is the tokens that the engine has scored."""
+
+    def __init__(self, console: Console, engines: Sequence[str], total: int) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
+        self._total = total
+        self.progress = Progress(
+            TextColumn("{task.description:>15}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("tokens"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[phase]}"),
+            console=console,
+        )
+        self._tasks = {
+            engine: self.progress.add_task(engine, total=total, phase="waiting", start=False)
+            for engine in engines
+        }
+
+    def show(self, engine: str, event: Event) -> None:
+        task = self._tasks[engine]
+        if event["event"] == "phase":
+            self.progress.start_task(task)
+            self.progress.update(task, phase=event["text"])
+        else:
+            self.progress.update(task, completed=event["tokens"])
+
+    def finish(self, engine: str) -> None:
+        task = self._tasks[engine]
+        self.progress.update(task, completed=self._total, phase="done")
+        self.progress.stop_task(task)
+
+
+@contextmanager
+def display(console: Console, engines: Sequence[str], total: int) -> Iterator[Display]:
+    """Show the progress of ``engines``, each of which scores ``total`` tokens."""
+    if not console.is_terminal:
+        yield Lines(console, total)
+        return
+    bars = Bars(console, engines, total)
+    with bars.progress:
+        yield bars
