@@ -57,8 +57,8 @@ test: venv model  ## lint, check types and run every test
 	$(BIN)/mypy vllm_lminf
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-# Eager, because the graph that vLLM 0.32 compiles for CPUs takes minutes to make, and answered
-# wrongly when stock vLLM ran this model with it.
+# Eager, because vLLM compiles a model for CPUs anew at every start, which takes minutes on two
+# cores; SERVE_ARGS=--no-enforce-eager has it compiled.
 serve: venv model  ## start an OpenAI-compatible server with LM-Infinite on port 8000
 	VLLM_ATTENTION_BACKEND=LMINF $(BIN)/vllm serve $(MODEL) \
 		--served-model-name smollm2 --max-model-len 1000000 --enforce-eager $(SERVE_ARGS)

@@ -55,9 +55,9 @@ def _finish(axes: Axes, evaluation: Evaluation) -> None:
 
     longest = max(evaluation.lengths)
     axes.set_xlim(0, longest * 1.03)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x else "0"))
-    step = max(1024, 1 << (max(longest // 6, 1).bit_length()))
-    axes.xaxis.set_major_locator(MultipleLocator(step))
+    if longest >= 4096:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x else "0"))
+        axes.xaxis.set_major_locator(MultipleLocator(1 << (longest // 6).bit_length()))
     axes.set_xlabel("tokens")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)

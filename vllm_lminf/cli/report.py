@@ -20,9 +20,9 @@ SHORT_LABELS: dict[EngineName, str] = {"full": "full", "lminf": "LMINF"}
 Cell = Callable[[LengthFigures], str]
 COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("NLL", lambda f: f"{f.nll:.3f}"),
-    ("prefill tok/s", lambda f: f"{f.prefill_tokens_per_s:.0f}"),
-    ("decode ms/token", lambda f: f"{f.decode_ms_per_token:.1f}"),
-    ("KV blocks", lambda f: str(f.kv_blocks)),
+    ("prefill\ntok/s", lambda f: f"{f.prefill_tokens_per_s:.0f}"),
+    ("decode\nms/tok", lambda f: f"{f.decode_ms_per_token:.1f}"),
+    ("KV\nblocks", lambda f: str(f.kv_blocks)),
 )
 
 
@@ -73,10 +73,12 @@ def notes(evaluation: Evaluation) -> list[str]:
 
 def print_table(console: Console, evaluation: Evaluation) -> None:
     """Print the table, a rule between trained and untrained lengths, and the notes."""
+    from rich.box import HORIZONTALS
     from rich.table import Table
 
-    table = Table(title=f"{Path(evaluation.model).name} on {Path(evaluation.text).name}")
-    table.add_column("length", justify="right")
+    title = f"{Path(evaluation.model).name} on {Path(evaluation.text).name}"
+    table = Table(title=title, box=HORIZONTALS, show_edge=False, pad_edge=False)
+    table.add_column("length", justify="right", no_wrap=True)
     for title, _ in COLUMNS:
         for engine in evaluation.results:
             style = "cyan" if engine == "lminf" else None
@@ -90,6 +92,7 @@ def print_table(console: Console, evaluation: Evaluation) -> None:
         )
         table.add_row(*row, end_section=last_trained)
     console.print(table)
+    console.print()
     for line in notes(evaluation):
         console.print(line, style="dim", highlight=False)
 

@@ -19,6 +19,7 @@ still runs: a finished request holds nothing.
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
 from dataclasses import asdict
@@ -194,8 +195,17 @@ def length_figures(
     ]
 
 
+def worker_threads(worker: object) -> int:
+    """Return how many threads torch computes with; runs in the engine's worker process."""
+    import torch
+
+    return torch.get_num_threads()
+
+
 def main() -> None:
     """Read a ``ScoringJob`` from stdin and answer with a ``ScoringResult``."""
+    # vLLM sends a function to its workers only with this; no one else talks to this engine.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     with serve_job() as (data, answers):
         job = ScoringJob(**data)
         begin = time.perf_counter()
@@ -212,7 +222,6 @@ def main() -> None:
             answers.send("phase", text=f"decoding after {length}")
             runs.append(engine.decode(length))
 
-        import torch
         from vllm.platforms import current_platform
 
         result = ScoringResult(
@@ -227,7 +236,7 @@ def main() -> None:
             start_seconds=started - begin,
             scoring_seconds=scored - started,
             total_seconds=time.perf_counter() - begin,
-            torch_threads=torch.get_num_threads(),
+            torch_threads=engine.llm.collective_rpc(worker_threads)[0],
             device=current_platform.get_device_name(),
         )
         answers.send("result", result=asdict(result))

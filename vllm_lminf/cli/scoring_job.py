@@ -78,7 +78,10 @@ class LengthFigures:
 
 @dataclass(frozen=True)
 class ScoringResult:
-    """All that one engine measured; ``nll_curve`` holds a mean per ``NLL_BUCKET`` tokens."""
+    """All that one engine measured.
+
+    ``nll_curve`` holds a mean per ``NLL_BUCKET`` tokens, ``torch_threads`` is the worker's.
+    """
 
     engine: EngineName
     figures: list[LengthFigures]
