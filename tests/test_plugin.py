@@ -33,11 +33,16 @@ WRAPPED = [(EngineArgs, "create_engine_config"), (CpuPlatform, "get_attn_backend
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
-    """Each test starts, and ends, with vLLM as it is without the plugin."""
+    """Each test starts with vLLM as it is without the plugin.
+
+    vLLM loads plugins once in a process: it must have done so before, and what it loaded is there
+    again for the tests that follow.
+    """
     vllm.plugins.load_general_plugins()
     compat.uninstall()
     yield
     compat.uninstall()
+    plugin.register()
 
 
 def functions() -> list[Any]:

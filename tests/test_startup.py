@@ -46,7 +46,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     vllm.plugins.load_general_plugins()
     register()
     yield
-    compat.uninstall()
+    register()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import vllm.envs
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -36,7 +36,7 @@ def unsupported_environment() -> list[str]:
     from vllm.version import __version__
 
     reasons = []
-    if not OLDEST_VLLM <= Version(Version(__version__).base_version) < FIRST_UNKNOWN_VLLM:
+    if not _is_known(__version__):
         reasons.append(
             f"vLLM {__version__} is installed; this plugin knows {OLDEST_VLLM} up to, not "
             f"including, {FIRST_UNKNOWN_VLLM}: install one of these, or a newer vllm-lminf"
@@ -47,6 +47,14 @@ def unsupported_environment() -> list[str]:
             f"{' and '.join(PLATFORMS)}"
         )
     return reasons
+
+
+def _is_known(version: str) -> bool:
+    """A source tree without a build calls itself "dev", which is no version and so not known."""
+    try:
+        return OLDEST_VLLM <= Version(Version(version).base_version) < FIRST_UNKNOWN_VLLM
+    except InvalidVersion:
+        return False
 
 
 def install(prepare: Callable[[EngineArgs], Finish | None]) -> None:

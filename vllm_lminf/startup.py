@@ -55,7 +55,7 @@ def _select(args: "EngineArgs") -> bool:
     """Whether LMINF is selected; if by the variable alone, the arguments are made to say so."""
     member = compat.backend_member()
     chosen = args.attention_backend
-    if chosen is None:
+    if chosen is None or str(chosen).lower() == "auto":
         chosen = args.attention_config.backend
     if member in args.attention_config.backend_per_kind.values():
         raise UnsupportedError(
@@ -95,9 +95,10 @@ def check(config: "VllmConfig") -> None:
     reasons = [*_model_reasons(config.model_config), *_feature_reasons(config)]
     try:
         pattern_of(config)
-    except SettingsError:
+    except SettingsError as error:
         if not reasons:
             raise
+        reasons += error.problems
     if reasons:
         raise UnsupportedError(reasons)
 

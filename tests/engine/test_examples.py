@@ -16,8 +16,16 @@ def test_offline_batch(model_path: str) -> None:
     """Three prompts in one batch, the last beyond the trained length."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     result = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--model", model_path]
-        + ["--lengths", "64,1000,8400", "--max-tokens", "16"],
+        [
+            sys.executable,
+            str(EXAMPLE),
+            "--model",
+            model_path,
+            "--lengths",
+            "64,1000,8400",
+            "--max-tokens",
+            "16",
+        ],
         capture_output=True,
         text=True,
         env=environment | {"COLUMNS": "120"},

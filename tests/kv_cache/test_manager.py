@@ -297,6 +297,19 @@ class TestPrefixCache:
         gap = [simulation.cached(first, entry) for entry in range(1, 8)]
         assert all(block is not None and block.ref_cnt == 0 for block in gap)
 
+    def test_blocks_in_the_gap_are_left_out_of_any_list(
+        self, simulation: Simulation, first: Request
+    ) -> None:
+        """Also of one that names every block of the sequence."""
+        again = simulation.request(tokens(41))
+        every = [simulation.cached(first, entry) for entry in range(10)]
+        arguments = (again.request_id, 44, every, 40, 40, 44)
+        # Blocks 0, 8 and 9 leave the free ones, and the tokens from 40 on get a new one.
+        assert simulation.manager.get_num_blocks_to_allocate(*arguments) == 3 + 1
+        simulation.manager.add_local_computed_blocks(again.request_id, every, 40, 0)
+        assert simulation.entries_held(again) == [0, 8, 9]
+        assert simulation.num_free == 60 - 3
+
     def test_without_a_prefix_only_the_window_is_needed(self) -> None:
         simulation = Simulation(make_spec(0, 7, 4), 60, 16)
         request = simulation.request(tokens(41))

@@ -43,8 +43,16 @@ def test_stream_from_a_prompt_beyond_the_trained_length(
 ) -> None:
     """The example itself, over the wire."""
     chat_client.main(
-        ["--base-url", server.base_url, "--file", str(TEXT), "--characters", "36000"]
-        + ["--max-tokens", "24"]
+        [
+            "--base-url",
+            server.base_url,
+            "--file",
+            str(TEXT),
+            "--characters",
+            "36000",
+            "--max-tokens",
+            "24",
+        ]
     )
     printed = capsys.readouterr().out
     match = re.search(r"(\d+) prompt tokens, (\d+) completion tokens", printed)

@@ -55,6 +55,6 @@ class LambdaAttentionBackend(AttentionBackend):
         vLLM names neither the layer nor the engine here, so it is the Λ of the model that this
         process built last; the metadata builder, which is told the engine, checks that it was.
         """
-        if type(spec) is not FullAttentionSpec:
-            raise UnsupportedError([f"a KV cache of kind {type(spec).__name__}: not served"])
+        if type(spec) is not FullAttentionSpec or spec.non_causal:
+            raise UnsupportedError([f"a KV cache of kind {spec}: not served"])
         return LambdaSpec.of(spec, LambdaAttentionImpl.built_last.pattern)

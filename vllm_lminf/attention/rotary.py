@@ -9,6 +9,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.model_executor.layers.rotary_embedding import (
     LinearScalingRotaryEmbedding,
     Llama3RotaryEmbedding,
+    Phi3LongRoPEScaledRotaryEmbedding,
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
@@ -19,8 +20,6 @@ from vllm_lminf.startup import UnsupportedError
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
-
-_SERVED = "RotaryEmbedding, Llama3RotaryEmbedding, LinearScalingRotaryEmbedding, YaRN..."
 
 
 class ExactRotaryEmbedding(nn.Module):
@@ -56,6 +55,10 @@ class ExactRotaryEmbedding(nn.Module):
     def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         heads = x.view(cos.shape[0], -1, self.head_size)
         return rotate(heads, cos, sin, self.spec.is_neox_style).view(x.shape)
+
+
+# vLLM's LongRoPE is a rotary module without their common base class.
+_ROTARY_MODULES = (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding, ExactRotaryEmbedding)
 
 
 class ParentFinder:
@@ -123,7 +126,7 @@ def make_exact(parent: nn.Module, layer_name: str, device: torch.device) -> Exac
     found = {
         name: module
         for name, module in parent.named_children()
-        if isinstance(module, RotaryEmbeddingBase | ExactRotaryEmbedding)
+        if isinstance(module, _ROTARY_MODULES)
     }
     if len(found) != 1:
         what = f"has {', '.join(found)}" if found else "has no rotary module of vLLM's"

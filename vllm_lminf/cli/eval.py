@@ -244,9 +244,14 @@ def scoring_job(
 
 
 def engine_environment(engine: EngineName, environ: dict[str, str]) -> dict[str, str]:
-    """Return the environment that selects ``engine``, and lets the job size the KV cache."""
+    """Return the environment that selects ``engine``, and lets the job size the KV cache.
+
+    The engine runs inside the child itself. As processes of their own, vLLM's scheduler would take
+    a core from the model, or fight with it for one: on two cores that halves either engine's speed.
+    """
     dropped = {BACKEND_VARIABLE, "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_CPU_KVCACHE_SPACE"}
     env = {name: value for name, value in environ.items() if name not in dropped}
+    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if engine == "lminf":
         env[BACKEND_VARIABLE] = BACKEND_NAME
     return env

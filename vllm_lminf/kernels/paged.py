@@ -246,9 +246,12 @@ def _eager_attention(
     mask: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with its log-sum-exp where no fused operator returns one; scores in float32."""
+    """Attention with its log-sum-exp where no fused operator returns one.
+
+    Scores are formed in float32 or wider: before the scale is applied they can exceed float16.
+    """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = (query @ key.transpose(-1, -2)).to(dtype) * scale
+    scores = (query.to(dtype) * scale) @ key.to(dtype).transpose(-1, -2)
     if mask is not None:
         scores = scores + mask
     lse = scores.logsumexp(dim=-1)

@@ -1,0 +1,172 @@
+"""One attention layer, from vLLM's description of a batch to its output, on poisoned memory."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+
+from vllm_lminf.attention.backend import LambdaAttentionBackend
+from vllm_lminf.attention.impl import LambdaAttentionImpl
+from vllm_lminf.attention.metadata import LambdaMetadata, LambdaMetadataBuilder
+from vllm_lminf.kernels.reference import lambda_attention
+from vllm_lminf.kv_cache.spec import LambdaSpec
+from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.startup import UnsupportedError
+
+PATTERN = LambdaPattern(4, 512, 600)
+FULL = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
+CPU = torch.device("cpu")
+
+
+def make_impl(**arguments: Any) -> LambdaAttentionImpl:
+    return LambdaAttentionImpl(4, 64, 0.125, **{"num_kv_heads": 2, **arguments})
+
+
+def describe(requests: list[tuple[int, int]], padding: int = 0) -> CommonAttentionMetadata:
+    """A batch of requests, each with tokens in the cache before and tokens of this step."""
+    lens = [new for _, new in requests]
+    starts = torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    seq_lens = torch.tensor([computed + new for computed, new in requests], dtype=torch.int32)
+    blocks = -(-int(seq_lens.max()) // 16)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=seq_lens,
+        num_reqs=len(requests),
+        num_actual_tokens=sum(lens) + padding,
+        max_query_len=max(lens),
+        max_seq_len=int(seq_lens.max()),
+        block_table_tensor=torch.arange(1, 1 + len(requests) * blocks).view(-1, blocks).int(),
+        slot_mapping=torch.empty(0, dtype=torch.int64),
+    )
+
+
+def build(config: VllmConfig, batch: CommonAttentionMetadata) -> LambdaMetadata:
+    spec = LambdaSpec.of(FULL, PATTERN)
+    return LambdaMetadataBuilder(spec, ["layer"], config, CPU).build(0, batch)
+
+
+class TestSpec:
+    def test_full_attention_becomes_the_pattern(self) -> None:
+        make_impl()
+        assert LambdaAttentionBackend.customize_spec(FULL) == LambdaSpec.of(FULL, PATTERN)
+
+    @pytest.mark.parametrize(
+        "spec",
+        [
+            SlidingWindowSpec(
+                block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
+            ),
+            MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.float32),
+        ],
+        ids=lambda spec: type(spec).__name__,
+    )
+    def test_other_caches_are_refused_by_name(self, spec: Any) -> None:
+        make_impl()
+        with pytest.raises(UnsupportedError, match=type(spec).__name__):
+            LambdaAttentionBackend.customize_spec(spec)
+
+
+class TestMetadata:
+    def test_positions_of_a_mixed_batch(self, config: VllmConfig) -> None:
+        metadata = build(config, describe([(7, 1), (0, 3), (10, 2)]))
+        assert metadata.positions.tolist() == [7, 0, 1, 2, 10, 11]
+        assert metadata.query_start_loc == [0, 1, 4, 6]
+        assert metadata.seq_lens == [8, 3, 12]
+        assert metadata.num_actual_tokens == 6
+
+    def test_padding_is_left_out(self, config: VllmConfig) -> None:
+        metadata = build(config, describe([(7, 1), (0, 3)], padding=5))
+        assert metadata.num_actual_tokens == 4
+        assert metadata.positions.shape == (4,)
+
+    def test_positions_do_not_overflow(self, config: VllmConfig) -> None:
+        batch = describe([(7, 2)])
+        batch.seq_lens[0] = 2**31 - 1
+        metadata = build(config, batch)
+        assert metadata.positions.tolist() == [2**31 - 3, 2**31 - 2]
+
+    def test_cache_of_another_engine_is_refused(self, config: VllmConfig) -> None:
+        other = LambdaSpec.of(FULL, replace(PATTERN, n_global=5))
+        for spec in (FULL, other):
+            with pytest.raises(UnsupportedError, match="one engine at a time"):
+                LambdaMetadataBuilder(spec, ["layer"], config, CPU)
+
+
+class TestLayer:
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
+            ({"sliding_window": 512}, "native sliding window"),
+            ({"logits_soft_cap": 30.0}, "soft-capping"),
+            ({"attn_type": AttentionType.ENCODER_ONLY}, "encoder_only"),
+            ({"kv_sharing_target_layer_name": "layer"}, "KV sharing"),
+            ({"sinks": torch.zeros(4)}, "sinks"),
+            ({"novelty": 1}, "'novelty'"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_unserved_layers_are_refused_by_name(
+        self, arguments: dict[str, Any], named: str
+    ) -> None:
+        with pytest.raises(UnsupportedError, match=named) as refusal:
+            make_impl(**arguments)
+        assert len(refusal.value.reasons) == 1
+
+    def test_every_reason_at_once(self) -> None:
+        with pytest.raises(UnsupportedError) as refusal:
+            make_impl(alibi_slopes=[0.5] * 4, sliding_window=512, novelty=1)
+        assert len(refusal.value.reasons) == 3
+
+    def test_arguments_that_ask_for_nothing(self) -> None:
+        make_impl(alibi_slopes=None, sliding_window=None, logits_soft_cap=0.0, novelty=None)
+
+    def test_warm_up_computes_nothing(self) -> None:
+        output = torch.full((3, 4, 64), torch.nan)
+        nothing = torch.empty(0)
+        make_impl().forward(None, nothing, nothing, nothing, nothing, None, output)
+        assert (output == 0).all()
+
+    def test_a_prompt_and_a_token_past_the_window(self, config: VllmConfig) -> None:
+        """As a model runs it: its own rotary module replaced, keys written, queries attended to,
+        in blocks of a cache that holds NaN before, with rows of padding."""
+        impl = make_impl()
+        layer = nn.Module()
+        layer.impl, layer.layer_name = impl, "layer"
+        parent = nn.Module()
+        parent.weight = nn.Parameter(torch.empty(1))
+        rope = {"rope_theta": 1e4, "rope_type": "default"}
+        parent.rotary_emb = get_rope(64, 1024, True, rope, dtype=torch.float32)
+        parent.attn = layer
+        impl.process_weights_after_loading(torch.float32)
+
+        length = 700
+        query = torch.randn(length, 4, 64)
+        key, value = torch.randn(2, length, 2, 64)
+        cache = torch.full((1 + 44, 2, 16, 2 * 64), torch.nan)
+        outputs = []
+        for start, end in ((0, 650), (650, 699), (699, 700)):
+            batch = describe([(start, end - start)], padding=2)
+            metadata = build(config, batch)
+            positions = torch.arange(start, end)
+            turned = parent.rotary_emb(positions, query[start:end], key[start:end])
+            slots = batch.block_table_tensor[0, positions // 16].long() * 16 + positions % 16
+            impl.do_kv_cache_update(layer, turned[1], value[start:end], cache, slots)
+            rows = torch.cat((turned[0], torch.full((2, 4, 64), torch.nan)))
+            output = torch.full_like(rows, -7.0)
+            impl.forward(layer, rows, turned[1], value[start:end], cache, metadata, output)
+            assert (output[-2:] == -7).all()
+            outputs.append(output[:-2])
+        assert impl.rotary is not None
+        arguments = {"scale": 0.125, "rotary": impl.rotary.spec}
+        exact = lambda_attention(query.double(), key.double(), value.double(), PATTERN, **arguments)
+        loss = (lambda_attention(query, key, value, PATTERN, **arguments) - exact).abs().max()
+        error = (torch.cat(outputs) - exact).abs().max()
+        assert error <= 3 * loss

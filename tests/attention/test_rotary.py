@@ -1,0 +1,193 @@
+"""The model's rotary modules: what is read from them, and what takes their place."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from vllm.model_executor.layers.rotary_embedding import get_rope
+
+from tests.kernels.batches import turn
+from vllm_lminf.attention.rotary import (
+    ExactRotaryEmbedding,
+    ParentFinder,
+    make_exact,
+    read_spec,
+)
+from vllm_lminf.startup import UnsupportedError
+
+CPU = torch.device("cpu")
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+SERVED = {
+    "default": {"rope_type": "default"},
+    "partial": {"rope_type": "default", "partial_rotary_factor": 0.5},
+    "llama3": LLAMA3,
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+}
+UNSERVED = {
+    "DynamicNTKScalingRotaryEmbedding": {"rope_type": "dynamic", "factor": 4.0},
+    "NTKScalingRotaryEmbedding": {"rope_type": "ntk", "factor": 4.0},
+    "MRotaryEmbedding": {"rope_type": "default", "mrope_section": [8, 12, 12]},
+}
+
+
+def make_rope(
+    parameters: dict[str, Any], is_neox_style: bool = True, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A rotary module of vLLM's, with a table for at least 1024 positions; a new one each time."""
+    from vllm.model_executor.layers import rotary_embedding
+
+    rotary_embedding._ROPE_DICT.clear()
+    return get_rope(64, 1024, is_neox_style, {"rope_theta": 1e4, **parameters}, dtype=dtype)
+
+
+class Attention(nn.Module):
+    """Stands around an attention layer, as a model's module does."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+
+@pytest.mark.parametrize("is_neox_style", [True, False], ids=["neox", "gptj"])
+@pytest.mark.parametrize("kind", SERVED)
+def test_exact_module_is_the_models_own(kind: str, is_neox_style: bool) -> None:
+    """Wherever the model's own table is good: a float32 angle below 1024 rad is off by 2**-14."""
+    module = make_rope(SERVED[kind], is_neox_style)
+    exact = make_exact(Attention(rotary_emb=module), "layer", CPU)
+    positions = torch.randint(0, 1024, (40,))
+    query, key = torch.randn(40, 3 * 64), torch.randn(40, 64)
+    expected = module.forward_native(positions, query.clone(), key.clone())
+    for output, wanted in zip(exact(positions, query, key), expected, strict=True):
+        assert output.shape == wanted.shape
+        assert output.dtype == wanted.dtype
+        torch.testing.assert_close(output, wanted, rtol=0, atol=8 * 2**-14)
+
+
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_spec_is_read_whatever_the_dtype(kind: str, dtype: torch.dtype) -> None:
+    spec = read_spec(make_rope(SERVED[kind], dtype=dtype), "layer")
+    assert spec.inv_freq.dtype == torch.float64
+    assert spec.rotary_dim == (32 if kind == "partial" else 64)
+    assert (spec.magnitude > 1.1) == (kind == "yarn")
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_exact_beyond_the_models_table(kind: str) -> None:
+    exact = make_exact(Attention(rotary_emb=make_rope(SERVED[kind])), "layer", CPU)
+    positions = torch.tensor([5_000, 1_000_000])
+    query = torch.randn(2, 3, 64)
+    output, nothing = exact(positions, query)
+    assert nothing is None
+    expected = turn(query.double(), positions, exact.spec)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_heads_may_be_a_dimension_of_their_own() -> None:
+    exact = make_exact(Attention(rotary_emb=make_rope(SERVED["default"])), "layer", CPU)
+    positions, query = torch.arange(5), torch.randn(5, 3, 64)
+    split, _ = exact(positions, query)
+    flat, _ = exact(positions, query.flatten(1))
+    assert split.shape == (5, 3, 64)
+    assert torch.equal(split.flatten(1), flat)
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_other_kinds_are_refused_by_name(name: str) -> None:
+    parent = Attention(rotary_emb=make_rope(UNSERVED[name]))
+    with pytest.raises(UnsupportedError, match=rf"layer model\.layers\.3: .*{name}"):
+        make_exact(parent, "model.layers.3", CPU)
+
+
+def test_kinds_that_are_no_rotary_module_to_vllm_are_refused_too() -> None:
+    parameters = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 32,
+        "long_factor": [2.0] * 32,
+        "original_max_position_embeddings": 256,
+    }
+    with pytest.raises(UnsupportedError, match=r"layer model\.layers\.3"):
+        make_exact(Attention(rotary_emb=make_rope(parameters)), "model.layers.3", CPU)
+
+
+def test_table_that_says_something_else_is_refused() -> None:
+    module = make_rope(SERVED["default"])
+    module.base = 2e4
+    with pytest.raises(UnsupportedError, match="table"):
+        make_exact(Attention(rotary_emb=module), "layer", CPU)
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [((), "no rotary module"), (("rotary_emb", "rotary_emb_local"), "rotary_emb_local")],
+    ids=str,
+)
+def test_one_rotary_module_is_needed(names: tuple[str, ...], named: str) -> None:
+    parent = Attention(**{name: make_rope(SERVED["default"]) for name in names})
+    with pytest.raises(UnsupportedError, match=named):
+        make_exact(parent, "layer", CPU)
+
+
+def test_layers_that_share_a_module_share_its_replacement() -> None:
+    module = make_rope(SERVED["default"])
+    first, second = Attention(rotary_emb=module), Attention(rotary_emb=module)
+    exact = make_exact(first, "layer 0", CPU)
+    assert isinstance(exact, ExactRotaryEmbedding)
+    assert make_exact(second, "layer 1", CPU) is exact
+    assert first.rotary_emb is second.rotary_emb is exact
+
+
+def test_replacing_twice_is_replacing_once() -> None:
+    parent = Attention(rotary_emb=make_rope(SERVED["default"]))
+    exact = make_exact(parent, "layer", CPU)
+    assert make_exact(parent, "layer", CPU) is exact
+    assert parent.rotary_emb is exact
+
+
+class TestParentFinder:
+    class Layer(nn.Module):
+        """vLLM's attention layer, as far as it matters here: it holds an implementation."""
+
+        def __init__(self, impl: object) -> None:
+            super().__init__()
+            self.impl = impl
+            self.layer_name = "model.layers.3.attn"
+
+    class Impl:
+        pass
+
+    def test_finds_the_module_around_a_layer(self) -> None:
+        finder, impl = ParentFinder(), self.Impl()
+        finder.expect(impl)
+        parent = Attention(other=nn.Linear(2, 2), attn=self.Layer(impl))
+        assert finder.place_of(impl) == (parent, "model.layers.3.attn")
+
+    def test_listens_only_while_a_layer_is_waiting(self) -> None:
+        hooks = nn.modules.module._global_module_registration_hooks
+        before = len(hooks)
+        finder = ParentFinder()
+        impls = [self.Impl(), self.Impl()]
+        for impl in impls:
+            finder.expect(impl)
+        assert len(hooks) == before + 1
+        parents = [Attention(attn=self.Layer(impls[0]))]
+        assert len(hooks) == before + 1
+        parents.append(Attention(attn=self.Layer(impls[1])))
+        assert len(hooks) == before
+        assert [finder.place_of(impl)[0] for impl in impls] == parents
+
+    def test_a_layer_in_no_module_is_refused(self) -> None:
+        finder, impl = ParentFinder(), self.Impl()
+        finder.expect(impl)
+        layer = self.Layer(impl)
+        with pytest.raises(UnsupportedError, match="in no module"):
+            finder.place_of(layer.impl)

@@ -1,0 +1,487 @@
+"""LM-Infinite's attention as a plain torch module: differentiable, in linear memory, without vLLM.
+
+Queries are taken in tiles. The keys that a tile sees, its window and the global keys behind it,
+share one softmax. Both passes hold the scores of one tile at a time, and between the passes only
+q, k and v are kept: the backward computes every tile's scores again.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.rope import RotationTables, rotate
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_MAX_SCORES = 2**22
+"""Scores of a tile, over all heads and sequences. A backward holds up to ten tensors of that size,
+some 150 MB in float32."""
+_MIN_ROWS = 16
+"""Rows of a tile, however many heads and sequences there are: fewer make slow products."""
+
+
+class LMInfinite(torch.nn.Module):
+    """Λ-shaped attention with RoPE and a limit on distances (LM-Infinite, arXiv 2308.16137).
+
+    A query at position ``i`` sees the key at ``j <= i`` where ``j < n_global`` or
+    ``i - j < n_local``, and scores it at the distance ``min(i - j, distance_limit)``. For the
+    first ``n_local`` tokens that is plain causal attention with RoPE. However long its input, a
+    model meets no larger distance than ``distance_limit`` and no more than
+    ``n_global + n_local`` keys at a time.
+
+    Memory grows linearly with the length, in the forward and in the backward. There are no
+    parameters and no buffers: projections are the caller's, and q and k come without RoPE.
+    ``torch.compile`` takes the attention as one operator.
+
+    Example:
+        >>> attention = LMInfinite(d_model=256, n_global=10, l_pretrain=2048, num_heads=4)
+        >>> q, k, v = torch.randn(3, 1, 5000, 256, requires_grad=True)
+        >>> attention(q, k, v).shape
+        torch.Size([1, 5000, 256])
+
+    Args:
+        d_model: width of q, k and v; each head owns ``d_model / num_heads`` neighbours of it.
+        n_global: how many of the first tokens every token sees; the paper takes 10 to 100, and 0
+            is a plain sliding window.
+        l_pretrain: tokens of context that the model was trained with.
+        num_heads: heads that d_model is split into.
+        n_local: how many of the latest tokens a token sees, itself included. Default: l_pretrain.
+        distance_limit: no pair is scored at a larger distance; n_local or more. Default:
+            l_pretrain.
+        rope_theta: base of RoPE's frequencies.
+        is_neox_style: pairs of rotated dimensions are (k, k + head_size / 2) when true (NeoX,
+            LLaMA), (2k, 2k + 1) otherwise (GPT-J).
+        scale: factor on every score. Default: ``head_size ** -0.5``.
+
+    Raises:
+        ValueError: arguments that can't be honoured; the message names every one.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_global: int,
+        l_pretrain: int,
+        num_heads: int = 1,
+        *,
+        n_local: int | None = None,
+        distance_limit: int | None = None,
+        rope_theta: float = 10000.0,
+        is_neox_style: bool = True,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        problems = [
+            *_heads_problems(d_model, num_heads),
+            *_lengths_problems(n_global, l_pretrain, n_local, distance_limit),
+            *_factor_problems("rope_theta", rope_theta),
+            *([] if scale is None else _factor_problems("scale", scale)),
+        ]
+        if problems:
+            raise ValueError(f"LMInfinite can't be built: {'; '.join(problems)}")
+        self.d_model = d_model
+        self.num_heads = num_heads
+        self.pattern = LambdaPattern(
+            n_global,
+            l_pretrain if n_local is None else n_local,
+            l_pretrain if distance_limit is None else distance_limit,
+        )
+        self.rope_theta = float(rope_theta)
+        self.is_neox_style = is_neox_style
+        self.scale = (d_model // num_heads) ** -0.5 if scale is None else float(scale)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention of every token over the tokens that it sees; the first token has position 0.
+
+        Args:
+            q: queries, not rotated; shape [batch, seq, d_model], float64, float32, bfloat16 or
+                float16. Products are formed in this dtype, the softmax in float32 or wider.
+            k: keys, not rotated; q's shape, dtype and device.
+            v: values; q's shape, dtype and device.
+
+        Returns:
+            Shape [batch, seq, d_model], in q's dtype. It can be differentiated once.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that don't fit; the message names every one.
+        """
+        if problems := _tensor_problems({"q": q, "k": k, "v": v}, self.d_model):
+            raise ValueError(f"LMInfinite can't attend: {'; '.join(problems)}")
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
+        output: torch.Tensor = torch.ops.lminf.tiled_attention(
+            q,
+            k,
+            v,
+            self.pattern.n_global,
+            self.pattern.n_local,
+            self.pattern.distance_limit,
+            self.rope_theta,
+            self.is_neox_style,
+            self.scale,
+        )
+        return output.flatten(-2)
+
+    def extra_repr(self) -> str:
+        """The settings, as ``print`` shows them."""
+        return (
+            f"d_model={self.d_model}, num_heads={self.num_heads}, "
+            f"n_global={self.pattern.n_global}, n_local={self.pattern.n_local}, "
+            f"distance_limit={self.pattern.distance_limit}, rope_theta={self.rope_theta}, "
+            f"is_neox_style={self.is_neox_style}, scale={self.scale:.6g}"
+        )
+
+
+def _is_whole(value: object, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _whole_problems(values: dict[str, int], minimum: int) -> list[str]:
+    return [
+        f"{name} is {value!r}: it must be a whole number, {minimum} or more"
+        for name, value in values.items()
+        if not _is_whole(value, minimum)
+    ]
+
+
+def _heads_problems(d_model: int, num_heads: int) -> list[str]:
+    if problems := _whole_problems({"d_model": d_model, "num_heads": num_heads}, 1):
+        return problems
+    if d_model % num_heads:
+        return [f"d_model is {d_model}: it must be a multiple of num_heads, which is {num_heads}"]
+    if (head_size := d_model // num_heads) % 2:
+        return [
+            f"d_model is {d_model} and num_heads is {num_heads}, so heads have {head_size} "
+            "dimensions: it must be an even number, because RoPE turns pairs of them"
+        ]
+    return []
+
+
+def _lengths_problems(
+    n_global: int, l_pretrain: int, n_local: int | None, distance_limit: int | None
+) -> list[str]:
+    given = {"l_pretrain": l_pretrain}
+    if n_local is not None:
+        given["n_local"] = n_local
+    if distance_limit is not None:
+        given["distance_limit"] = distance_limit
+    problems = _whole_problems({"n_global": n_global}, 0) + _whole_problems(given, 1)
+    window, limit = given.get("n_local", l_pretrain), given.get("distance_limit", l_pretrain)
+    if _is_whole(window, 1) and _is_whole(limit, 1) and limit < window:
+        problems.append(
+            f"distance_limit is {limit}, below n_local, which is {window}: it must be n_local or "
+            "more, or keys inside the window would be scored at a distance that is not theirs "
+            "(both default to l_pretrain)"
+        )
+    return problems
+
+
+def _factor_problems(name: str, value: float) -> list[str]:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and value > 0:
+        return []
+    return [f"{name} is {value!r}: it must be a finite number above 0"]
+
+
+def _tensor_problems(tensors: dict[str, torch.Tensor], d_model: int) -> list[str]:
+    problems = [
+        f"{name} has the shape {list(x.shape)}: it must be [batch, seq, {d_model}]"
+        for name, x in tensors.items()
+        if x.dim() != 3 or x.shape[-1] != d_model
+    ]
+    if not problems and any(x.shape != tensors["q"].shape for x in tensors.values()):
+        shapes = ", ".join(f"{name} has {list(x.shape)}" for name, x in tensors.items())
+        problems.append(f"shapes differ: {shapes}")
+    problems += [
+        f"{name} is {x.dtype}: it must be one of {', '.join(map(str, _DTYPES))}"
+        for name, x in tensors.items()
+        if x.dtype not in _DTYPES
+    ]
+    if any(x.dtype != tensors["q"].dtype for x in tensors.values()):
+        dtypes = ", ".join(f"{name} is {x.dtype}" for name, x in tensors.items())
+        problems.append(f"dtypes differ: {dtypes}")
+    if any(x.device != tensors["q"].device for x in tensors.values()):
+        devices = ", ".join(f"{name} is on {x.device}" for name, x in tensors.items())
+        problems.append(f"devices differ: {devices}")
+    return problems
+
+
+@dataclass(frozen=True)
+class _Rope:
+    """RoPE over all dimensions of a head."""
+
+    theta: float
+    is_neox_style: bool
+
+    def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """``x`` [batch, tokens, num_heads, head_size] turned by ``positions`` [tokens]."""
+        return rotate(x, *self._angles(x, positions), self.is_neox_style)
+
+    def turn_back(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The inverse of `turn`, which is also its gradient."""
+        cos, sin = self._angles(x, positions)
+        return rotate(x, cos, -sin, self.is_neox_style)
+
+    def _angles(
+        self, x: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        head_size = x.shape[-1]
+        if x.dtype == torch.float64:
+            # The tables are float32. A float64 product is good to 1e-6 rad up to their end too.
+            inv_freq = _inv_freq(head_size, self.theta).to(x.device)
+            angles = positions.to(torch.float64)[:, None] * inv_freq
+            return angles.cos(), angles.sin()
+        cos, sin = _rotation_tables(head_size, self.theta, x.device)(positions)
+        return cos, sin
+
+
+def _inv_freq(head_size: int, theta: float) -> torch.Tensor:
+    """Radians per position of every pair; float64 of shape [head_size / 2], on the CPU."""
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float64, device="cpu") / head_size
+    return theta**-exponents
+
+
+@functools.lru_cache(maxsize=16)
+def _rotation_tables(head_size: int, theta: float, device: torch.device) -> RotationTables:
+    """Tables that all layers of a model share.
+
+    They aren't a module's buffers, because ``module.to(torch.bfloat16)`` would round them.
+    """
+    return RotationTables(_inv_freq(head_size, theta), device)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Consecutive queries and the keys that they see, as ranges of positions.
+
+    Attributes:
+        queries: the tile's rows.
+        far: global keys beyond the distance limit of the last query.
+        middle: global keys behind the window of the first query, but within its limit.
+        window: keys from the window of the first query up to the last query.
+    """
+
+    queries: range
+    far: range
+    middle: range
+    window: range
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of ``x`` [batch, tokens, ...] that the columns stand for: far, middle, window.
+
+        A global key in reach of some queries and beyond the limit of others has two columns.
+        """
+        return torch.cat([x[:, _rows(keys)] for keys in (self.far, self.middle, self.window)], 1)
+
+    def scatter_add(self, total: torch.Tensor, columns: torch.Tensor) -> None:
+        """Adds columns [batch, columns, ...] to the rows of ``total`` that they came from."""
+        start = 0
+        for keys in (self.far, self.middle, self.window):
+            total[:, _rows(keys)] += columns[:, start : start + len(keys)]
+            start += len(keys)
+
+
+def _rows(positions: range) -> slice:
+    return slice(positions.start, positions.stop)
+
+
+def _tiles(query: torch.Tensor, pattern: LambdaPattern) -> Iterator[_Tile]:
+    """Tiles over all queries, in order; ``query`` has the shape [batch, seq, num_heads, head_size].
+
+    Example: ``n_global=3, n_local=4, distance_limit=6``, a tile of the queries 8 to 11. Their
+    windows start at 5 or later. Key 2 is within the limit of query 8, and all three global keys
+    are beyond that of query 11: ``far=range(3), middle=range(2, 3), window=range(5, 12)``.
+    """
+    batch, seq, num_heads, _ = query.shape
+    columns = min(seq, pattern.n_global + pattern.n_local)
+    fitting = _MAX_SCORES // max(1, batch * num_heads * columns)
+    # Rows beyond a quarter of the window would mostly add pairs that the mask hides.
+    rows = max(_MIN_ROWS, min(fitting, max(64, pattern.n_local // 4)))
+    for start in range(0, seq, rows):
+        end = min(start + rows, seq)
+        window_start = pattern.window_start(start)
+        reach = max(0, start - pattern.distance_limit)
+        yield _Tile(
+            queries=range(start, end),
+            far=range(min(pattern.n_global, max(0, end - 1 - pattern.distance_limit))),
+            middle=range(reach, max(reach, min(pattern.n_global, window_start))),
+            window=range(window_start, end),
+        )
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One tile after its softmax.
+
+    Attributes:
+        query: rotated by their positions; [batch, rows, num_heads, head_size].
+        far_query: the same queries, rotated by the distance limit.
+        key: far keys as they are, the others rotated by their positions;
+            [batch, columns, num_heads, head_size].
+        value: same shape.
+        weights: float32 or wider; [batch, num_heads, rows, columns].
+        query_positions: [rows].
+        limit: the distance limit, for every row.
+        key_positions: what the keys were rotated by; [columns].
+    """
+
+    query: torch.Tensor
+    far_query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    weights: torch.Tensor
+    query_positions: torch.Tensor
+    limit: torch.Tensor
+    key_positions: torch.Tensor
+
+
+def _score(
+    tile: _Tile,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: LambdaPattern,
+    rope: _Rope,
+    scale: float,
+) -> _Scored:
+    """Rotates a tile's queries and keys and computes its softmax."""
+    num_far = len(tile.far)
+    i = torch.arange(tile.queries.start, tile.queries.stop, device=query.device)
+    limit = torch.full_like(i, pattern.distance_limit)
+    j = tile.gather(torch.arange(tile.window.stop, device=query.device)[None])[0]
+    rotated_by = torch.cat((torch.zeros_like(j[:num_far]), j[num_far:]))
+    rows, columns = query[:, _rows(tile.queries)], tile.gather(key)
+    near_query, far_query = rope.turn(rows, i), rope.turn(rows, limit)
+    rotated_key = rope.turn(columns, rotated_by)
+
+    scores = torch.cat(
+        (
+            torch.einsum("bihd,bjhd->bhij", far_query, rotated_key[:, :num_far]),
+            torch.einsum("bihd,bjhd->bhij", near_query, rotated_key[:, num_far:]),
+        ),
+        dim=-1,
+    ).to(torch.promote_types(query.dtype, torch.float32))
+    difference = i[:, None] - j
+    beyond = difference > pattern.distance_limit
+    seen = (difference >= 0) & ((j < pattern.n_global) | (difference < pattern.n_local))
+    hidden = ~seen | torch.cat((~beyond[:, :num_far], beyond[:, num_far:]), dim=1)
+    weights = scores.mul_(scale).masked_fill_(hidden, -math.inf).softmax(dim=-1)
+    return _Scored(
+        near_query, far_query, rotated_key, tile.gather(value), weights, i, limit, rotated_by
+    )
+
+
+@torch.library.custom_op("lminf::tiled_attention", mutates_args=())
+def _tiled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    n_global: int,
+    n_local: int,
+    distance_limit: int,
+    rope_theta: float,
+    is_neox_style: bool,
+    scale: float,
+) -> torch.Tensor:
+    """Λ-attention over [batch, seq, num_heads, head_size].
+
+    An operator of its own, so that a compiler need not unroll the tiles.
+    """
+    pattern = LambdaPattern(n_global, n_local, distance_limit)
+    rope = _Rope(rope_theta, is_neox_style)
+    output = torch.empty_like(query)
+    with torch.autocast(query.device.type, enabled=False):
+        for tile in _tiles(query, pattern):
+            scored = _score(tile, query, key, value, pattern, rope, scale)
+            output[:, _rows(tile.queries)] = torch.einsum(
+                "bhij,bjhd->bihd", scored.weights.to(value.dtype), scored.value
+            )
+    return output
+
+
+@torch.library.custom_op("lminf::tiled_attention_backward", mutates_args=())
+def _tiled_attention_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    n_global: int,
+    n_local: int,
+    distance_limit: int,
+    rope_theta: float,
+    is_neox_style: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value, in their dtypes; grad is the output's."""
+    pattern = LambdaPattern(n_global, n_local, distance_limit)
+    rope = _Rope(rope_theta, is_neox_style)
+    # A global key gets a term from every tile, too many for a sum in bfloat16.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grad_query = torch.empty_like(query)
+    grad_key = torch.zeros_like(key, dtype=wide)
+    grad_value = torch.zeros_like(value, dtype=wide)
+    with torch.autocast(query.device.type, enabled=False):
+        for tile in _tiles(query, pattern):
+            rows = _rows(tile.queries)
+            scored = _score(tile, query, key, value, pattern, rope, scale)
+            grad_query[:, rows], grad_columns, grad_values = _differentiate(
+                scored, grad[:, rows], len(tile.far), rope, scale
+            )
+            tile.scatter_add(grad_key, grad_columns)
+            tile.scatter_add(grad_value, grad_values)
+            del scored  # or it would stand beside the next tile's
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _differentiate(
+    scored: _Scored, grad: torch.Tensor, num_far: int, rope: _Rope, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of a tile's queries, keys and values, from grad [batch, rows, num_heads, head_size]
+    of its output. Keys and values are those of its columns, the first ``num_far`` of them far."""
+    weights = scored.weights
+    grad_value = torch.einsum("bhij,bihd->bjhd", weights.to(grad.dtype), grad)
+    grad_weights = torch.einsum("bihd,bjhd->bhij", grad, scored.value).to(weights.dtype)
+    mean = (weights * grad_weights).sum(dim=-1, keepdim=True)
+    grad_scores = grad_weights.sub_(mean).mul_(weights).mul_(scale).to(grad.dtype)
+    far, near = grad_scores[..., :num_far], grad_scores[..., num_far:]
+    grad_far = torch.einsum("bhij,bjhd->bihd", far, scored.key[:, :num_far])
+    grad_near = torch.einsum("bhij,bjhd->bihd", near, scored.key[:, num_far:])
+    grad_key = torch.cat(
+        (
+            torch.einsum("bhij,bihd->bjhd", far, scored.far_query),
+            torch.einsum("bhij,bihd->bjhd", near, scored.query),
+        ),
+        dim=1,
+    )
+    grad_query = rope.turn_back(grad_near, scored.query_positions)
+    grad_query += rope.turn_back(grad_far, scored.limit)
+    return grad_query, rope.turn_back(grad_key, scored.key_positions), grad_value
+
+
+@_tiled_attention.register_fake
+def _(query: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(query)
+
+
+@_tiled_attention_backward.register_fake
+def _(
+    _grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:]
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grads = torch.ops.lminf.tiled_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return *grads, *(None for _ in ctx.settings)
+
+
+_tiled_attention.register_autograd(_backward, setup_context=_setup_context)
