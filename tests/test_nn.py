@@ -1,6 +1,7 @@
 """`LMInfinite` against the oracle: values, gradients, memory, and what it refuses."""
 
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -117,8 +118,10 @@ def errors(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> list[flo
     return [(x.double() - y).abs().max().item() for x, y in zip(actual, expected, strict=True)]
 
 
-def run_python(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def run_python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -165,14 +168,17 @@ def test_low_precision(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert error <= 3 * loss, f"{name} is off by {error:.3g}, {3 * loss:.3g} allowed"
 
 
-def test_gradients_of_the_prefix_add_up_in_bfloat16() -> None:
-    """Every tile adds to a global key's gradient: a running sum in bfloat16 would stop growing."""
-    module = LMInfinite(16, 1, 16)
-    q, k, _, _ = draw(1, 8192, 16)
-    v, grad = torch.zeros_like(q), torch.ones_like(q)
-    _, _, _, grad_v = with_gradients(module, q, k, v, grad, dtype=torch.bfloat16)
-    _, _, _, exact = with_gradients(module, q, k, v, grad, dtype=torch.float64)
-    torch.testing.assert_close(grad_v[0, 0].double(), exact[0, 0], rtol=0.02, atol=0)
+def test_gradients_of_the_prefix_add_up_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tile adds to a global key's gradient: a running sum in bfloat16 would stop at 128."""
+    monkeypatch.setattr(nn, "_MAX_SCORES", 1)
+    monkeypatch.setattr(nn, "_MIN_ROWS", 1)
+    zeros, ones = torch.zeros(1, 511, 2), torch.ones(1, 511, 2)
+    # Without scores, each token takes one half of itself and one half of the first token.
+    _, _, _, grad_v = with_gradients(
+        LMInfinite(2, 1, 1), zeros, zeros, zeros, ones, dtype=torch.bfloat16
+    )
+    assert grad_v[0, 0].tolist() == [1 + 510 / 2] * 2
+    assert grad_v[0, 1:].unique().item() == 0.5
 
 
 @STYLES
@@ -180,8 +186,8 @@ def test_gradcheck(is_neox_style: bool, monkeypatch: pytest.MonkeyPatch) -> None
     """Against finite differences, over several tiles, with far keys and keys between."""
     monkeypatch.setattr(nn, "_MAX_SCORES", 1)
     monkeypatch.setattr(nn, "_MIN_ROWS", 4)
-    module = LMInfinite(8, 3, 4, 2, distance_limit=6, is_neox_style=is_neox_style)
-    qkv = [x.requires_grad_() for x in draw(1, 14, 8)[:3]]
+    module = LMInfinite(4, 3, 4, distance_limit=6, is_neox_style=is_neox_style)
+    qkv = [x.requires_grad_() for x in draw(1, 14, 4)[:3]]
     assert torch.autograd.gradcheck(module, qkv)
 
 
@@ -275,7 +281,7 @@ def test_positions_stay_exact_in_float32() -> None:
     """A text that repeats itself reads the same after 100 000 tokens. Angles from a float32
     product are off by 4e-3 rad there."""
     period, seq = 500, 100_000
-    module = LMInfinite(8, 10, 256)
+    module = LMInfinite(8, 10, 64)
     q, k, v = (x.float().repeat(1, seq // period, 1) for x in draw(1, period, 8)[:3])
     with torch.inference_mode():
         output = module(q, k, v)
@@ -305,7 +311,7 @@ def test_autocast_leaves_the_dtype_alone() -> None:
 def test_compiles_as_one_graph() -> None:
     module = LMInfinite(16, 4, 20, 2)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
-    for seq in (10, 100, 200):
+    for seq in (10, 100):
         inputs = draw(2, seq, 16)
         actual = with_gradients(compiled, *inputs, dtype=torch.float32)
         expected = with_gradients(module, *inputs, dtype=torch.float32)
@@ -363,18 +369,20 @@ def test_on_cuda(shape: tuple[int, ...]) -> None:
 
 class TestMemory:
     PEAKS = """
-import resource, torch
+import re, torch
 from vllm_lminf import LMInfinite
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # getrusage would begin with the peak of the process that started this one.
+    with open("/proc/self/status") as status:
+        return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read())[1])
 
 def run(seq):
     q, k, v = (torch.randn(1, seq, 256, requires_grad=True) for _ in range(3))
     module(q, k, v).sum().backward()
 
-module = LMInfinite(256, 10, 128, num_heads=4)
-run(2048)
+module = LMInfinite(256, 10, 64, num_heads=2)
+run(256)
 before = peak()
 for seq in (4096, 8192, 16384):
     run(seq)
@@ -383,8 +391,10 @@ for seq in (4096, 8192, 16384):
 
     def test_grows_with_the_length_and_no_faster(self) -> None:
         """The peak of both passes, as the system sees it. A single matrix of seq × seq scores for
-        the four heads would take 4 GiB at the last length, and four times as much per doubling."""
-        peaks = [int(line) for line in run_python(self.PEAKS).split()]
+        the two heads would take 2 GiB at the last length, and four times as much per doubling."""
+        # So that memory goes back to the system when it is freed, and a peak is one of use.
+        output = run_python(self.PEAKS, MALLOC_MMAP_THRESHOLD_="65536")
+        peaks = [int(line) for line in output.split()]
         assert peaks[1] <= 2.3 * peaks[0]
         assert peaks[2] <= 2.3 * peaks[1]
         # q, k, v, the output and the gradients of q, k and v, and as much again to spare.
@@ -399,24 +409,18 @@ for seq in (4096, 8192, 16384):
 
 
 class TestImport:
-    def test_without_vllm(self) -> None:
+    def test_without_vllm_and_no_sooner_than_asked_for(self) -> None:
         run_python(
             "import sys; sys.modules['vllm'] = None\n"
-            "import torch\n"
+            "import vllm_lminf\n"
+            "assert not {'torch', 'numpy', 'vllm_lminf.nn'} & sys.modules.keys()\n"
             "from vllm_lminf import LMInfinite\n"
+            "loaded = {m for m in sys.modules if m.startswith('vllm_lminf.')}\n"
+            "assert loaded == {'vllm_lminf.nn', 'vllm_lminf.pattern', 'vllm_lminf.rope'}, loaded\n"
+            "import torch\n"
             "x = torch.randn(3, 1, 40, 16, requires_grad=True)\n"
             "LMInfinite(16, 2, 8)(*x).sum().backward()\n"
             "assert x.grad.isfinite().all()\n"
-            "loaded = {m for m in sys.modules if m.startswith('vllm_lminf.')}\n"
-            "assert loaded == {'vllm_lminf.nn', 'vllm_lminf.pattern', 'vllm_lminf.rope'}, loaded\n"
-        )
-
-    def test_the_package_alone_does_not_load_torch(self) -> None:
-        run_python(
-            "import sys, vllm_lminf\n"
-            "assert not {'torch', 'numpy', 'vllm_lminf.nn'} & sys.modules.keys()\n"
-            "vllm_lminf.LMInfinite\n"
-            "assert 'torch' in sys.modules\n"
         )
 
     def test_is_the_class(self) -> None:

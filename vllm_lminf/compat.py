@@ -198,13 +198,17 @@ def trained_length(model_config: ModelConfig) -> int | None:
     """Tokens of context that the checkpoint was trained for; None if its configuration is silent.
 
     It is the max_model_len that vLLM derives where the user gives none, without looking at the
-    tokenizer, whose limit is no property of the weights.
+    tokenizer, whose limit is no property of the weights. Dynamic NTK is the exception: it changes
+    the rotation past the trained length, which vLLM counts in and LMINF never does.
     """
     from vllm.config.model import _get_and_verify_max_len
 
     length, _ = model_config.model_arch_config.derived_max_model_len_and_key
     if length == float("inf"):
         return None
+    rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic":
+        return int(rope.get("max_trained_positions", length))
     return _get_and_verify_max_len(
         hf_config=model_config.hf_text_config,
         model_arch_config=model_config.model_arch_config,

@@ -7,7 +7,7 @@ q, k and v are kept: the backward computes every tile's scores again.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,6 +258,8 @@ def _rotation_tables(head_size: int, theta: float, device: torch.device) -> Rota
 class _Tile:
     """Consecutive queries and the keys that they see, as ranges of positions.
 
+    A global key within the limit of some queries and beyond that of others is in two ranges.
+
     Attributes:
         queries: the tile's rows.
         far: global keys beyond the distance limit of the last query.
@@ -270,23 +272,28 @@ class _Tile:
     middle: range
     window: range
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """The rows of ``x`` [batch, tokens, ...] that the columns stand for: far, middle, window.
+    @property
+    def columns(self) -> tuple[range, range, range]:
+        """The keys in the order in which a tile has them."""
+        return self.far, self.middle, self.window
 
-        A global key in reach of some queries and beyond the limit of others has two columns.
-        """
-        return torch.cat([x[:, _rows(keys)] for keys in (self.far, self.middle, self.window)], 1)
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of ``x`` [batch, seq, ...] that the columns stand for."""
+        return torch.cat([x[:, _rows(keys)] for keys in self.columns], dim=1)
 
     def scatter_add(self, total: torch.Tensor, columns: torch.Tensor) -> None:
-        """Adds columns [batch, columns, ...] to the rows of ``total`` that they came from."""
-        start = 0
-        for keys in (self.far, self.middle, self.window):
-            total[:, _rows(keys)] += columns[:, start : start + len(keys)]
-            start += len(keys)
+        """Adds columns to the rows of ``total`` [batch, seq, ...] that they stand for."""
+        parts = columns.split([len(keys) for keys in self.columns], dim=1)
+        for keys, part in zip(self.columns, parts, strict=True):
+            total[:, _rows(keys)] += part
 
 
 def _rows(positions: range) -> slice:
     return slice(positions.start, positions.stop)
+
+
+def _positions(ranges: Iterable[range], device: torch.device) -> torch.Tensor:
+    return torch.cat([torch.arange(keys.start, keys.stop, device=device) for keys in ranges])
 
 
 def _tiles(query: torch.Tensor, pattern: LambdaPattern) -> Iterator[_Tile]:
@@ -315,18 +322,20 @@ def _tiles(query: torch.Tensor, pattern: LambdaPattern) -> Iterator[_Tile]:
 
 @dataclass(frozen=True)
 class _Scored:
-    """One tile after its softmax.
+    """One tile after its softmax. Its first ``num_far`` columns are scored at the distance limit.
 
     Attributes:
-        query: rotated by their positions; [batch, rows, num_heads, head_size].
-        far_query: the same queries, rotated by the distance limit.
-        key: far keys as they are, the others rotated by their positions;
-            [batch, columns, num_heads, head_size].
+        query: rotated by ``query_positions``; [batch, rows, num_heads, head_size].
+        far_query: the same queries rotated by the distance limit.
+        key: rotated by ``key_positions``; [batch, columns, num_heads, head_size].
         value: same shape.
         weights: float32 or wider; [batch, num_heads, rows, columns].
         query_positions: [rows].
-        limit: the distance limit, for every row.
-        key_positions: what the keys were rotated by; [columns].
+        far_positions: the distance limit for every row.
+        key_positions: [columns]; 0 for the far ones.
+        num_far: see above.
+        rope: the rotation.
+        scale: the factor on scores.
     """
 
     query: torch.Tensor
@@ -335,8 +344,34 @@ class _Scored:
     value: torch.Tensor
     weights: torch.Tensor
     query_positions: torch.Tensor
-    limit: torch.Tensor
+    far_positions: torch.Tensor
     key_positions: torch.Tensor
+    num_far: int
+    rope: _Rope
+    scale: float
+
+    def output(self) -> torch.Tensor:
+        """Shape [batch, rows, num_heads, head_size]."""
+        return torch.einsum("bhij,bjhd->bihd", self.weights.to(self.value.dtype), self.value)
+
+    def gradients(self, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the tile's queries, keys and values, before rotation; ``grad`` is the output's."""
+        weights, num_far = self.weights, self.num_far
+        grad_value = torch.einsum("bhij,bihd->bjhd", weights.to(grad.dtype), grad)
+        grad_weights = torch.einsum("bihd,bjhd->bhij", grad, self.value).to(weights.dtype)
+        mean = (weights * grad_weights).sum(dim=-1, keepdim=True)
+        grad_scores = grad_weights.sub_(mean).mul_(weights).mul_(self.scale).to(grad.dtype)
+        far, near = grad_scores[..., :num_far], grad_scores[..., num_far:]
+        far_query = torch.einsum("bhij,bjhd->bihd", far, self.key[:, :num_far])
+        near_query = torch.einsum("bhij,bjhd->bihd", near, self.key[:, num_far:])
+        far_key = torch.einsum("bhij,bihd->bjhd", far, self.far_query)
+        near_key = torch.einsum("bhij,bihd->bjhd", near, self.query)
+        return (
+            self.rope.turn_back(near_query, self.query_positions)
+            + self.rope.turn_back(far_query, self.far_positions),
+            self.rope.turn_back(torch.cat((far_key, near_key), dim=1), self.key_positions),
+            grad_value,
+        )
 
 
 def _score(
@@ -348,16 +383,15 @@ def _score(
     rope: _Rope,
     scale: float,
 ) -> _Scored:
-    """Rotates a tile's queries and keys and computes its softmax."""
+    """Rotates a tile's queries and keys and computes its softmax; see `_tiled_attention`."""
     num_far = len(tile.far)
-    i = torch.arange(tile.queries.start, tile.queries.stop, device=query.device)
-    limit = torch.full_like(i, pattern.distance_limit)
-    j = tile.gather(torch.arange(tile.window.stop, device=query.device)[None])[0]
-    rotated_by = torch.cat((torch.zeros_like(j[:num_far]), j[num_far:]))
-    rows, columns = query[:, _rows(tile.queries)], tile.gather(key)
-    near_query, far_query = rope.turn(rows, i), rope.turn(rows, limit)
-    rotated_key = rope.turn(columns, rotated_by)
-
+    i = _positions([tile.queries], query.device)
+    j = _positions(tile.columns, query.device)
+    far_positions = torch.full_like(i, pattern.distance_limit)
+    key_positions = torch.cat((torch.zeros_like(j[:num_far]), j[num_far:]))
+    rows = query[:, _rows(tile.queries)]
+    near_query, far_query = rope.turn(rows, i), rope.turn(rows, far_positions)
+    rotated_key = rope.turn(tile.gather(key), key_positions)
     scores = torch.cat(
         (
             torch.einsum("bihd,bjhd->bhij", far_query, rotated_key[:, :num_far]),
@@ -365,13 +399,24 @@ def _score(
         ),
         dim=-1,
     ).to(torch.promote_types(query.dtype, torch.float32))
+
     difference = i[:, None] - j
     beyond = difference > pattern.distance_limit
-    seen = (difference >= 0) & ((j < pattern.n_global) | (difference < pattern.n_local))
-    hidden = ~seen | torch.cat((~beyond[:, :num_far], beyond[:, num_far:]), dim=1)
-    weights = scores.mul_(scale).masked_fill_(hidden, -math.inf).softmax(dim=-1)
+    visible = (difference >= 0) & ((j < pattern.n_global) | (difference < pattern.n_local))
+    in_column = torch.cat((beyond[:, :num_far], ~beyond[:, num_far:]), dim=1)
+    scores.mul_(scale).masked_fill_(~(visible & in_column), -math.inf)
     return _Scored(
-        near_query, far_query, rotated_key, tile.gather(value), weights, i, limit, rotated_by
+        query=near_query,
+        far_query=far_query,
+        key=rotated_key,
+        value=tile.gather(value),
+        weights=scores.softmax(dim=-1),
+        query_positions=i,
+        far_positions=far_positions,
+        key_positions=key_positions,
+        num_far=num_far,
+        rope=rope,
+        scale=scale,
     )
 
 
@@ -396,10 +441,10 @@ def _tiled_attention(
     output = torch.empty_like(query)
     with torch.autocast(query.device.type, enabled=False):
         for tile in _tiles(query, pattern):
-            scored = _score(tile, query, key, value, pattern, rope, scale)
-            output[:, _rows(tile.queries)] = torch.einsum(
-                "bhij,bjhd->bihd", scored.weights.to(value.dtype), scored.value
-            )
+            # No name holds a tile's scores, or they would stand beside those of the next.
+            output[:, _rows(tile.queries)] = _score(
+                tile, query, key, value, pattern, rope, scale
+            ).output()
     return output
 
 
@@ -427,39 +472,12 @@ def _tiled_attention_backward(
     with torch.autocast(query.device.type, enabled=False):
         for tile in _tiles(query, pattern):
             rows = _rows(tile.queries)
-            scored = _score(tile, query, key, value, pattern, rope, scale)
-            grad_query[:, rows], grad_columns, grad_values = _differentiate(
-                scored, grad[:, rows], len(tile.far), rope, scale
-            )
-            tile.scatter_add(grad_key, grad_columns)
+            grad_query[:, rows], grad_keys, grad_values = _score(
+                tile, query, key, value, pattern, rope, scale
+            ).gradients(grad[:, rows])
+            tile.scatter_add(grad_key, grad_keys)
             tile.scatter_add(grad_value, grad_values)
-            del scored  # or it would stand beside the next tile's
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
-
-
-def _differentiate(
-    scored: _Scored, grad: torch.Tensor, num_far: int, rope: _Rope, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of a tile's queries, keys and values, from grad [batch, rows, num_heads, head_size]
-    of its output. Keys and values are those of its columns, the first ``num_far`` of them far."""
-    weights = scored.weights
-    grad_value = torch.einsum("bhij,bihd->bjhd", weights.to(grad.dtype), grad)
-    grad_weights = torch.einsum("bihd,bjhd->bhij", grad, scored.value).to(weights.dtype)
-    mean = (weights * grad_weights).sum(dim=-1, keepdim=True)
-    grad_scores = grad_weights.sub_(mean).mul_(weights).mul_(scale).to(grad.dtype)
-    far, near = grad_scores[..., :num_far], grad_scores[..., num_far:]
-    grad_far = torch.einsum("bhij,bjhd->bihd", far, scored.key[:, :num_far])
-    grad_near = torch.einsum("bhij,bjhd->bihd", near, scored.key[:, num_far:])
-    grad_key = torch.cat(
-        (
-            torch.einsum("bhij,bihd->bjhd", far, scored.far_query),
-            torch.einsum("bhij,bihd->bjhd", near, scored.query),
-        ),
-        dim=1,
-    )
-    grad_query = rope.turn_back(grad_near, scored.query_positions)
-    grad_query += rope.turn_back(grad_far, scored.limit)
-    return grad_query, rope.turn_back(grad_key, scored.key_positions), grad_value
 
 
 @_tiled_attention.register_fake

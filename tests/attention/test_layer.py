@@ -60,9 +60,7 @@ class TestSpec:
     @pytest.mark.parametrize(
         "spec",
         [
-            SlidingWindowSpec(
-                block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
-            ),
+            replace(FULL, non_causal=True),
             MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.float32),
         ],
         ids=lambda spec: type(spec).__name__,
@@ -71,6 +69,16 @@ class TestSpec:
         make_impl()
         with pytest.raises(UnsupportedError, match=type(spec).__name__):
             LambdaAttentionBackend.customize_spec(spec)
+
+    def test_a_window_of_the_models_own_stays(self) -> None:
+        make_impl()
+        own = SlidingWindowSpec(
+            block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
+        )
+        assert LambdaAttentionBackend.customize_spec(own) is own
+        layer = make_impl(sliding_window=64)
+        assert layer.pattern == LambdaPattern(0, 64, 64)
+        assert LambdaAttentionBackend.customize_spec(FULL).pattern == PATTERN
 
 
 class TestMetadata:
@@ -103,12 +111,8 @@ class TestLayer:
     @pytest.mark.parametrize(
         ("arguments", "named"),
         [
-            ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
-            ({"sliding_window": 512}, "native sliding window"),
-            ({"logits_soft_cap": 30.0}, "soft-capping"),
             ({"attn_type": AttentionType.ENCODER_ONLY}, "encoder_only"),
             ({"kv_sharing_target_layer_name": "layer"}, "KV sharing"),
-            ({"sinks": torch.zeros(4)}, "sinks"),
             ({"novelty": 1}, "'novelty'"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
@@ -122,7 +126,7 @@ class TestLayer:
 
     def test_every_reason_at_once(self) -> None:
         with pytest.raises(UnsupportedError) as refusal:
-            make_impl(alibi_slopes=[0.5] * 4, sliding_window=512, novelty=1)
+            make_impl(kv_sharing_target_layer_name="layer", attn_type="encoder", novelty=1)
         assert len(refusal.value.reasons) == 3
 
     def test_arguments_that_ask_for_nothing(self) -> None:

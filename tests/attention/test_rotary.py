@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from tests.kernels.batches import turn
@@ -17,6 +18,7 @@ from vllm_lminf.attention.rotary import (
 from vllm_lminf.startup import UnsupportedError
 
 CPU = torch.device("cpu")
+LIMIT = 600
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -30,10 +32,17 @@ SERVED = {
     "llama3": LLAMA3,
     "linear": {"rope_type": "linear", "factor": 4.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+    "ntk": {"rope_type": "ntk", "factor": 4.0},
+    "mixed ntk": {"rope_type": "ntk", "factor": 4.0, "mixed_b": 0.6},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "dynamic alpha": {"rope_type": "dynamic", "alpha": 50.0},
 }
 UNSERVED = {
-    "DynamicNTKScalingRotaryEmbedding": {"rope_type": "dynamic", "factor": 4.0},
-    "NTKScalingRotaryEmbedding": {"rope_type": "ntk", "factor": 4.0},
+    "DynamicNTKScalingRotaryEmbedding": {
+        "rope_type": "dynamic",
+        "factor": 4.0,
+        "max_trained_positions": 512,
+    },
     "MRotaryEmbedding": {"rope_type": "default", "mrope_section": [8, 12, 12]},
 }
 
@@ -62,7 +71,7 @@ class Attention(nn.Module):
 def test_exact_module_is_the_models_own(kind: str, is_neox_style: bool) -> None:
     """Wherever the model's own table is good: a float32 angle below 1024 rad is off by 2**-14."""
     module = make_rope(SERVED[kind], is_neox_style)
-    exact = make_exact(Attention(rotary_emb=module), "layer", CPU)
+    exact = make_exact(Attention(rotary_emb=module), "layer", CPU, LIMIT)
     positions = torch.randint(0, 1024, (40,))
     query, key = torch.randn(40, 3 * 64), torch.randn(40, 64)
     expected = module.forward_native(positions, query.clone(), key.clone())
@@ -75,7 +84,7 @@ def test_exact_module_is_the_models_own(kind: str, is_neox_style: bool) -> None:
 @pytest.mark.parametrize("kind", SERVED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_spec_is_read_whatever_the_dtype(kind: str, dtype: torch.dtype) -> None:
-    spec = read_spec(make_rope(SERVED[kind], dtype=dtype), "layer")
+    spec = read_spec(make_rope(SERVED[kind], dtype=dtype), "layer", LIMIT)
     assert spec.inv_freq.dtype == torch.float64
     assert spec.rotary_dim == (32 if kind == "partial" else 64)
     assert (spec.magnitude > 1.1) == (kind == "yarn")
@@ -83,7 +92,7 @@ def test_spec_is_read_whatever_the_dtype(kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", SERVED)
 def test_exact_beyond_the_models_table(kind: str) -> None:
-    exact = make_exact(Attention(rotary_emb=make_rope(SERVED[kind])), "layer", CPU)
+    exact = make_exact(Attention(rotary_emb=make_rope(SERVED[kind])), "layer", CPU, LIMIT)
     positions = torch.tensor([5_000, 1_000_000])
     query = torch.randn(2, 3, 64)
     output, nothing = exact(positions, query)
@@ -93,7 +102,7 @@ def test_exact_beyond_the_models_table(kind: str) -> None:
 
 
 def test_heads_may_be_a_dimension_of_their_own() -> None:
-    exact = make_exact(Attention(rotary_emb=make_rope(SERVED["default"])), "layer", CPU)
+    exact = make_exact(Attention(rotary_emb=make_rope(SERVED["default"])), "layer", CPU, LIMIT)
     positions, query = torch.arange(5), torch.randn(5, 3, 64)
     split, _ = exact(positions, query)
     flat, _ = exact(positions, query.flatten(1))
@@ -105,25 +114,45 @@ def test_heads_may_be_a_dimension_of_their_own() -> None:
 def test_other_kinds_are_refused_by_name(name: str) -> None:
     parent = Attention(rotary_emb=make_rope(UNSERVED[name]))
     with pytest.raises(UnsupportedError, match=rf"layer model\.layers\.3: .*{name}"):
-        make_exact(parent, "model.layers.3", CPU)
+        make_exact(parent, "model.layers.3", CPU, LIMIT)
 
 
-def test_kinds_that_are_no_rotary_module_to_vllm_are_refused_too() -> None:
+@pytest.mark.parametrize(
+    ("limit", "factor", "magnitude"), [(256, 1.5, 1.1), (257, 3.0, 1.2), (5000, 3.0, 1.2)]
+)
+def test_long_rope_goes_by_the_largest_distance(
+    stock_config: VllmConfig, limit: int, factor: float, magnitude: float
+) -> None:
+    """Not by max_model_len, which is beyond 256 here and makes vLLM take the long factors."""
     parameters = {
         "rope_type": "longrope",
-        "short_factor": [1.0] * 32,
-        "long_factor": [2.0] * 32,
+        "short_factor": [1.5] * 32,
+        "long_factor": [3.0] * 32,
+        "short_mscale": 1.1,
+        "long_mscale": 1.2,
         "original_max_position_embeddings": 256,
     }
-    with pytest.raises(UnsupportedError, match=r"layer model\.layers\.3"):
-        make_exact(Attention(rotary_emb=make_rope(parameters)), "model.layers.3", CPU)
+    with set_current_vllm_config(stock_config):
+        module = make_rope(parameters)
+    assert module.use_long_rope
+    exact = make_exact(Attention(rotary_emb=module), "layer", CPU, limit)
+    plain = 1e4 ** (-torch.arange(0, 64, 2) / 64)
+    torch.testing.assert_close(exact.spec.inv_freq, (plain / factor).double(), rtol=1e-6, atol=0)
+    assert exact.spec.magnitude == magnitude
+    if limit > 256:
+        positions = torch.randint(0, 256, (9,))
+        query, key = torch.randn(9, 64), torch.randn(9, 64)
+        for output, wanted in zip(
+            exact(positions, query, key), module(positions, query, key), strict=True
+        ):
+            torch.testing.assert_close(output, wanted, rtol=0, atol=1e-4)
 
 
 def test_table_that_says_something_else_is_refused() -> None:
     module = make_rope(SERVED["default"])
     module.base = 2e4
     with pytest.raises(UnsupportedError, match="table"):
-        make_exact(Attention(rotary_emb=module), "layer", CPU)
+        make_exact(Attention(rotary_emb=module), "layer", CPU, LIMIT)
 
 
 @pytest.mark.parametrize(
@@ -134,22 +163,22 @@ def test_table_that_says_something_else_is_refused() -> None:
 def test_one_rotary_module_is_needed(names: tuple[str, ...], named: str) -> None:
     parent = Attention(**{name: make_rope(SERVED["default"]) for name in names})
     with pytest.raises(UnsupportedError, match=named):
-        make_exact(parent, "layer", CPU)
+        make_exact(parent, "layer", CPU, LIMIT)
 
 
 def test_layers_that_share_a_module_share_its_replacement() -> None:
     module = make_rope(SERVED["default"])
     first, second = Attention(rotary_emb=module), Attention(rotary_emb=module)
-    exact = make_exact(first, "layer 0", CPU)
+    exact = make_exact(first, "layer 0", CPU, LIMIT)
     assert isinstance(exact, ExactRotaryEmbedding)
-    assert make_exact(second, "layer 1", CPU) is exact
+    assert make_exact(second, "layer 1", CPU, LIMIT) is exact
     assert first.rotary_emb is second.rotary_emb is exact
 
 
 def test_replacing_twice_is_replacing_once() -> None:
     parent = Attention(rotary_emb=make_rope(SERVED["default"]))
-    exact = make_exact(parent, "layer", CPU)
-    assert make_exact(parent, "layer", CPU) is exact
+    exact = make_exact(parent, "layer", CPU, LIMIT)
+    assert make_exact(parent, "layer", CPU, LIMIT) is exact
     assert parent.rotary_emb is exact
 
 

@@ -235,7 +235,7 @@ class Batch:
             self.query_start_loc,
             self.seq_lens,
             self.pattern,
-            scale=self.scale,
+            rules=paged.ScoreRules(self.scale),
             far=far,
             output=output,
         )

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -9,12 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.batches import Batch, Case, make_batch, make_rotary
+from vllm_lminf.kernels import reference
 from vllm_lminf.kernels.paged import (
+    ScoreRules,
     _eager_attention,
     lambda_attention,
     split_cache,
     write_cache,
 )
+from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotationTables
 
 EXACT = 1e-11
@@ -97,7 +101,7 @@ def operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         ) -> tuple[torch.Tensor, torch.Tensor]:
             assert dropout_p == 0
             assert not is_causal
-            return _eager_attention(query, key, value, attn_mask, scale)
+            return _eager_attention(query, key, value, attn_mask, ScoreRules(scale))
 
         monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", stand_in)
     return request.param
@@ -220,7 +224,7 @@ def test_eager_attention_is_the_fused_operator(dtype: torch.dtype, masked: bool)
         hidden[:, 5] = False
         mask = torch.zeros(40, 70, dtype=dtype).masked_fill(hidden, -torch.inf)
     arguments = [x.to(dtype) for x in (query, key, value)]
-    out, lse = _eager_attention(*arguments, mask, 0.2)
+    out, lse = _eager_attention(*arguments, mask, ScoreRules(0.2))
     fused_out, fused_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *arguments, 0.0, False, attn_mask=mask, scale=0.2
     )
@@ -242,7 +246,7 @@ def test_scores_beyond_float16_do_not_overflow(name: str) -> None:
     key[..., 0] += torch.arange(9) / 32
     value = torch.randn(1, 1, 9, 64, generator=generator).to(torch.float16)
     if name == "eager":
-        out, lse = _eager_attention(query, key, value, None, 0.125)
+        out, lse = _eager_attention(query, key, value, None, ScoreRules(0.125))
     else:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, scale=0.125
@@ -288,7 +292,7 @@ class TestOnlyItsOwnRows:
             [*batch.query_start_loc, batch.query_start_loc[-1]],
             [*batch.seq_lens, 0],
             batch.pattern,
-            scale=batch.scale,
+            rules=ScoreRules(batch.scale),
             far=batch.far(),
             output=output,
         )
@@ -422,3 +426,48 @@ class TestWriteCache:
         key = batch._turn(stretch.key, stretch.key_positions)
         write_cache(key, stretch.value, cache, slots)
         assert torch.equal(cache.nan_to_num(-1), expected.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "extra",
+    ["alibi", "softcap", "sinks", "alibi softcap sinks"],
+    ids=lambda extra: extra.replace(" ", "-"),
+)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "pattern"),
+    [(4, 2, (5, 70, 70)), (3, 3, (0, 64, 64)), (6, 1, (20, 33, 50))],
+    ids=str,
+)
+def test_other_scores(
+    dtype: torch.dtype, extra: str, heads: int, kv_heads: int, pattern: tuple[int, int, int]
+) -> None:
+    """ALiBi in place of RoPE, soft-capping, learned sinks: prefill in two pieces, then decode."""
+    generator = torch.Generator().manual_seed(3)
+    length, block_size = 300, 16
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    query = draw(length, heads, 32)
+    key, value = draw(2, length, kv_heads, 32)
+    slopes = 2.0 ** -torch.arange(1, heads + 1) if "alibi" in extra else None
+    softcap = 2.0 if "softcap" in extra else None
+    sinks = draw(heads) if "sinks" in extra else None
+    expected = reference.lambda_attention(
+        query, key, value, LambdaPattern(*pattern), scale=0.3,
+        alibi_slopes=slopes, softcap=softcap, sinks=sinks,
+    )  # fmt: skip
+
+    num_blocks = cdiv(length, block_size)
+    table = 1 + torch.randperm(num_blocks, generator=generator)[None].int()
+    cache = torch.full((1 + num_blocks, kv_heads, block_size, 64), torch.nan, dtype=dtype)
+    positions = torch.arange(length)
+    slots = table[0, positions // block_size].long() * block_size + positions % block_size
+    output = torch.full((length, heads, 32), torch.nan, dtype=dtype)
+    for start, end in [(0, 130), (130, 297), (297, 298), (298, 299), (299, 300)]:
+        rows = slice(start, end)
+        write_cache(key[rows].to(dtype), value[rows].to(dtype), cache, slots[rows])
+        lambda_attention(
+            query[rows].to(dtype), cache, table, [0, end - start], [end], LambdaPattern(*pattern),
+            rules=ScoreRules(0.3, softcap, slopes, sinks), far=None, output=output[rows],
+        )  # fmt: skip
+    # Scores are of size 10 at the most, and some ten roundings of that size meet in an output.
+    assert_close(output, expected, 200 * torch.finfo(dtype).eps)

@@ -5,7 +5,13 @@ from typing import ClassVar
 import torch
 from vllm.config.cache import CacheDType
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheLayout,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 
 from vllm_lminf.attention.impl import LambdaAttentionImpl
 from vllm_lminf.attention.metadata import LambdaMetadataBuilder
@@ -50,11 +56,21 @@ class LambdaAttentionBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Full attention becomes the Λ.
+        """Full attention becomes the Λ; a layer with a window of its own keeps that.
 
         vLLM names neither the layer nor the engine here, so it is the Λ of the model that this
         process built last; the metadata builder, which is told the engine, checks that it was.
         """
+        if type(spec) is SlidingWindowSpec:
+            return spec
         if type(spec) is not FullAttentionSpec or spec.non_causal:
             raise UnsupportedError([f"a KV cache of kind {spec}: not served"])
-        return LambdaSpec.of(spec, LambdaAttentionImpl.built_last.pattern)
+        return LambdaSpec.of(spec, LambdaAttentionImpl.built_last.engine_pattern)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True

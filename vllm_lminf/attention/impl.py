@@ -7,8 +7,14 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_lminf.attention.metadata import LambdaMetadata
-from vllm_lminf.attention.rotary import ExactRotaryEmbedding, make_exact, parents
-from vllm_lminf.kernels.paged import lambda_attention, write_cache
+from vllm_lminf.attention.rotary import (
+    ExactRotaryEmbedding,
+    make_exact,
+    parents,
+    refuse_rotary,
+)
+from vllm_lminf.kernels.paged import FarRotations, ScoreRules, lambda_attention, write_cache
+from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.startup import UnsupportedError, pattern_of
 
 
@@ -33,12 +39,8 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         **unknown: Any,
     ) -> None:
         unserved = {
-            "ALiBi": alibi_slopes is not None,
-            "a native sliding window": sliding_window is not None,
-            "logits soft-capping": bool(logits_soft_cap),
             f"attention of type {attn_type!r}": attn_type != AttentionType.DECODER,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
-            "learned attention sinks": sinks is not None,
             **{
                 f"the layer argument {name!r}": value is not None for name, value in unknown.items()
             },
@@ -50,7 +52,20 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.pattern = pattern_of(get_current_vllm_config())
+        self.rules = ScoreRules(
+            self.scale,
+            logits_soft_cap or None,
+            None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32),
+            sinks,
+        )
+        self.engine_pattern = pattern_of(get_current_vllm_config())
+        # A layer with a window of its own keeps it; only full attention becomes the Λ.
+        self.has_native_window = sliding_window is not None
+        self.pattern = (
+            self.engine_pattern
+            if sliding_window is None
+            else LambdaPattern(0, sliding_window, sliding_window)
+        )
         self.rotary: ExactRotaryEmbedding | None = None
         LambdaAttentionImpl.built_last = self
         parents.expect(self)
@@ -62,7 +77,12 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             UnsupportedError: there is no such module, or one that isn't served.
         """
         parent, layer_name = parents.place_of(self)
-        self.rotary = make_exact(parent, layer_name, next(parent.parameters()).device)
+        device = next(parent.parameters()).device
+        if self.rules.alibi_slopes is None:
+            self.rotary = make_exact(parent, layer_name, device, self.engine_pattern.distance_limit)
+        else:
+            refuse_rotary(parent, layer_name)
+            self.rules.alibi_slopes = self.rules.alibi_slopes.to(device)
 
     def do_kv_cache_update(
         self,
@@ -104,7 +124,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             raise UnsupportedError(["fused output quantisation: not served"])
         if attn_metadata is None:
             return output.zero_()
-        if self.rotary is None:
+        if self.rotary is None and self.rules.alibi_slopes is None:
             raise RuntimeError("the layer ran before its weights were processed")
         n = attn_metadata.num_actual_tokens
         lambda_attention(
@@ -114,8 +134,14 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             attn_metadata.query_start_loc,
             attn_metadata.seq_lens,
             self.pattern,
-            scale=self.scale,
-            far=attn_metadata.far(self.rotary, self.pattern),
+            rules=self.rules,
+            far=self._far(attn_metadata),
             output=output[:n],
         )
         return output
+
+    def _far(self, metadata: LambdaMetadata) -> FarRotations | None:
+        """Rotations for the far pairs, which a layer without RoPE or global tokens doesn't have."""
+        if self.rotary is None or self.pattern.n_global == 0:
+            return None
+        return metadata.far(self.rotary, self.pattern)

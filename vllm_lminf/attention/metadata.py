@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
 from vllm_lminf import compat
 from vllm_lminf.attention.rotary import ExactRotaryEmbedding
@@ -62,6 +62,8 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if type(kv_cache_spec) is SlidingWindowSpec:
+            return
         if not isinstance(kv_cache_spec, LambdaSpec) or kv_cache_spec.pattern != pattern_of(
             vllm_config
         ):

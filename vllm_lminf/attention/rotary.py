@@ -1,14 +1,18 @@
 """The model's rotary modules: read, checked against their own tables, and made exact anywhere."""
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding import (
+    DynamicNTKAlphaRotaryEmbedding,
+    DynamicNTKScalingRotaryEmbedding,
     LinearScalingRotaryEmbedding,
     Llama3RotaryEmbedding,
+    NTKScalingRotaryEmbedding,
     Phi3LongRoPEScaledRotaryEmbedding,
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
@@ -20,6 +24,8 @@ from vllm_lminf.startup import UnsupportedError
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+
+logger = init_logger("vllm.lminf")
 
 
 class ExactRotaryEmbedding(nn.Module):
@@ -109,13 +115,32 @@ class ParentFinder:
 parents = ParentFinder()
 
 
-def make_exact(parent: nn.Module, layer_name: str, device: torch.device) -> ExactRotaryEmbedding:
+def _rotary_children(parent: nn.Module) -> dict[str, Any]:
+    return {n: m for n, m in parent.named_children() if isinstance(m, _ROTARY_MODULES)}
+
+
+def refuse_rotary(parent: nn.Module, layer_name: str) -> None:
+    """Makes sure that a layer with ALiBi has no rotary module as well.
+
+    Raises:
+        UnsupportedError: it has both.
+    """
+    if found := _rotary_children(parent):
+        raise UnsupportedError(
+            [f"layer {layer_name}: it has ALiBi and the rotary module {', '.join(found)} both"]
+        )
+
+
+def make_exact(
+    parent: nn.Module, layer_name: str, device: torch.device, distance_limit: int
+) -> ExactRotaryEmbedding:
     """Replaces the rotary module beside an attention layer by an exact one, once.
 
     Args:
         parent: the module that holds the attention layer.
         layer_name: the layer's name, for messages.
         device: where the model is.
+        distance_limit: the engine's; LongRoPE's factors are chosen by it.
 
     Returns:
         The exact module; the same one for every layer that shared the original.
@@ -123,17 +148,13 @@ def make_exact(parent: nn.Module, layer_name: str, device: torch.device) -> Exac
     Raises:
         UnsupportedError: there is no rotary module, or more than one, or one that isn't served.
     """
-    found = {
-        name: module
-        for name, module in parent.named_children()
-        if isinstance(module, _ROTARY_MODULES)
-    }
+    found = _rotary_children(parent)
     if len(found) != 1:
         what = f"has {', '.join(found)}" if found else "has no rotary module of vLLM's"
         raise UnsupportedError(
             [
                 f"layer {layer_name}: the module around it ({type(parent).__name__}) {what}; "
-                "LM-Infinite needs exactly one, to score at a distance of its choice"
+                "without ALiBi, LM-Infinite needs exactly one, to score at a distance of its choice"
             ]
         )
     ((name, module),) = found.items()
@@ -141,7 +162,7 @@ def make_exact(parent: nn.Module, layer_name: str, device: torch.device) -> Exac
         return module
     exact = _exact_twins.get(module)
     if exact is None:
-        spec = read_spec(module, layer_name)
+        spec = read_spec(module, layer_name, distance_limit)
         exact = ExactRotaryEmbedding(spec, module.head_size, device)
         _exact_twins[module] = exact
     setattr(parent, name, exact)
@@ -152,41 +173,85 @@ _exact_twins: weakref.WeakKeyDictionary[nn.Module, ExactRotaryEmbedding]
 _exact_twins = weakref.WeakKeyDictionary()
 
 
-def read_spec(module: RotaryEmbeddingBase, layer_name: str) -> RotarySpec:
+def read_spec(module: Any, layer_name: str, distance_limit: int) -> RotarySpec:
     """What one of vLLM's rotary modules computes; checked against the table it made for itself.
+
+    Args:
+        module: the model's rotary module.
+        layer_name: for messages.
+        distance_limit: the engine's; LongRoPE's factors are chosen by it.
 
     Raises:
         UnsupportedError: its kind isn't served, or the table says otherwise.
     """
     kind = type(module)
-    magnitude = 1.0
+    magnitude, first_row, is_neox_style = 1.0, 0, True
     with torch.device("cpu"):
-        if kind in (RotaryEmbedding, Llama3RotaryEmbedding):
+        if kind in (RotaryEmbedding, Llama3RotaryEmbedding, NTKScalingRotaryEmbedding):
             inv_freq = module._compute_inv_freq(module.base)
         elif kind is LinearScalingRotaryEmbedding and len(module.scaling_factors) == 1:
             inv_freq = module._compute_inv_freq(module.base) / module.scaling_factors[0]
         elif kind is YaRNScalingRotaryEmbedding:
             inv_freq = module._compute_inv_freq(module.scaling_factor)
             magnitude = module.mscale
+        elif kind is DynamicNTKAlphaRotaryEmbedding:
+            exponent = module.rotary_dim / (module.rotary_dim - 2)
+            inv_freq = module._compute_inv_freq(module.base * module.scaling_alpha**exponent)
+        elif (
+            kind is DynamicNTKScalingRotaryEmbedding
+            and module.max_trained_positions == module.max_position_embeddings
+        ):
+            # Its base grows once a sequence passes the trained length. Distances never do here, so
+            # it stays what the model was trained with.
+            inv_freq = module._compute_inv_freq(module.base)
+        elif kind is Phi3LongRoPEScaledRotaryEmbedding:
+            inv_freq, magnitude, first_row = _read_long_rope(module, distance_limit)
         else:
             raise UnsupportedError(
-                [f"layer {layer_name}: rotary embedding {kind.__name__} is not served"]
+                [f"layer {layer_name}: rotary embedding {module} ({kind.__name__}) is not served"]
             )
-    spec = RotarySpec(inv_freq.to(torch.float64), module.is_neox_style, magnitude)
-    _check_against_table(spec, module, layer_name)
+    if isinstance(module, RotaryEmbeddingBase):
+        is_neox_style, table = module.is_neox_style, module.cos_sin_cache
+    else:
+        table = module.long_short_cos_sin_cache
+    spec = RotarySpec(inv_freq.to(torch.float64), is_neox_style, magnitude)
+    _check_against_table(spec, table[first_row : first_row + 256], kind.__name__, layer_name)
     return spec
 
 
-def _check_against_table(spec: RotarySpec, module: RotaryEmbeddingBase, layer_name: str) -> None:
-    table = module.cos_sin_cache[:256].to("cpu", torch.float64)
-    angles = torch.arange(len(table), dtype=torch.float64)[:, None] * spec.inv_freq
+def _read_long_rope(
+    module: Phi3LongRoPEScaledRotaryEmbedding, distance_limit: int
+) -> tuple[torch.Tensor, float, int]:
+    """LongRoPE has factors for short contexts and for long ones. What decides here is the largest
+    distance that is ever scored, not max_model_len as in vLLM.
+
+    Returns:
+        inv_freq, the magnitude, and the row of the module's table where this choice starts.
+    """
+    original = module.original_max_position_embeddings
+    if distance_limit <= original:
+        factors, magnitude, first_row = module.short_factor, module.short_mscale, 0
+    else:
+        factors, magnitude, first_row = module.long_factor, module.long_mscale, original
+    logger.info_once(
+        "LongRoPE: distance_limit %d takes the %s factors (the short ones serve up to %d)",
+        distance_limit,
+        "long" if first_row else "short",
+        original,
+    )
+    return module._compute_inv_freq(factors), magnitude, first_row
+
+
+def _check_against_table(spec: RotarySpec, table: torch.Tensor, kind: str, layer_name: str) -> None:
+    rows = table.to("cpu", torch.float64)
+    angles = torch.arange(len(rows), dtype=torch.float64)[:, None] * spec.inv_freq
     expected = torch.cat((angles.cos(), angles.sin()), dim=-1) * spec.magnitude
     # A table in the model's dtype is off by its rounding; angles below 256 rad add 2**-17.
-    tolerance = spec.magnitude * (torch.finfo(module.cos_sin_cache.dtype).eps + 2**-16)
-    if table.shape != expected.shape or not torch.allclose(table, expected, 0.0, tolerance):
+    tolerance = spec.magnitude * (torch.finfo(table.dtype).eps + 2**-16)
+    if rows.shape != expected.shape or not torch.allclose(rows, expected, 0.0, tolerance):
         raise UnsupportedError(
             [
-                f"layer {layer_name}: the table of its rotary module ({type(module).__name__}) "
-                "is not what its parameters say"
+                f"layer {layer_name}: the table of its rotary module ({kind}) is not what its "
+                "parameters say"
             ]
         )

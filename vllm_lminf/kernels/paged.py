@@ -10,7 +10,7 @@ anything, NaN included.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,24 @@ from vllm_lminf.rope import RotationTables, rotate
 
 _MAX_TILE = 512
 _MIN_TILE = 64
+
+
+@dataclass
+class ScoreRules:
+    """How a scaled product of query and key becomes a score.
+
+    Attributes:
+        scale: factor on every product.
+        softcap: a score ``s`` becomes ``softcap * tanh(s / softcap)``; None leaves it.
+        alibi_slopes: float32 [num_heads]; a pair at distance ``d`` loses ``slope * d``, with ``d``
+            no more than the distance limit. None for no such bias.
+        sinks: [num_heads]: the score of one more key, whose value is zero. None for no such key.
+    """
+
+    scale: float
+    softcap: float | None = None
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
 
 @dataclass
@@ -39,6 +57,21 @@ class FarRotations:
     key_cos: torch.Tensor
     key_sin: torch.Tensor
     is_neox_style: bool
+
+    def of_rows(self, start: int, end: int) -> "FarRotations":
+        """The same for the queries in rows [start, end)."""
+        return replace(
+            self, query_cos=self.query_cos[start:end], query_sin=self.query_sin[start:end]
+        )
+
+    def turn_queries(self, query: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Queries [num_rows, num_heads, head_size] at the angle of the limit."""
+        return rotate(query, self.query_cos[rows], self.query_sin[rows], self.is_neox_style)
+
+    def turn_keys(self, key: torch.Tensor) -> torch.Tensor:
+        """The leading global keys [num_kv_heads, num_keys, head_size] at the angle of 0."""
+        cos, sin = self.key_cos[: key.shape[1]], self.key_sin[: key.shape[1]]
+        return rotate(key.transpose(0, 1), cos, sin, self.is_neox_style).transpose(0, 1)
 
 
 def far_rotations(
@@ -96,7 +129,7 @@ def lambda_attention(
     seq_lens: list[int],
     pattern: LambdaPattern,
     *,
-    scale: float,
+    rules: ScoreRules,
     far: FarRotations | None,
     output: torch.Tensor,
 ) -> None:
@@ -111,69 +144,128 @@ def lambda_attention(
             ``query_start_loc[r]`` to ``query_start_loc[r + 1]``, its latest tokens.
         seq_lens: tokens of every request in the cache, these queries' own included.
         pattern: the Λ.
-        scale: factor on every score.
-        far: rotations for the far pairs; None where the model has no positional encoding, so that
-            a far pair scores as any other.
+        rules: how products become scores.
+        far: rotations for the far pairs; None where the model rotates nothing.
         output: written in place; shape [num_tokens, num_heads, head_size].
     """
     for request, seq_len in enumerate(seq_lens):
         start, end = query_start_loc[request], query_start_loc[request + 1]
         if start == end:
             continue
-        first_position = seq_len - (end - start)
-        _attend_window(
+        window_start = pattern.window_start(seq_len - (end - start))
+        num_global = min(pattern.n_global, pattern.window_start(seq_len - 1))
+        tiles = _RequestTiles(
             query[start:end],
-            kv_cache,
-            block_table[request],
-            first_position,
+            *_gather(kv_cache, block_table[request], window_start, seq_len),
+            *_gather(kv_cache, block_table[request], 0, num_global),
             seq_len,
             pattern,
-            scale,
-            output[start:end],
-            far if far is None else _slice_queries(far, start, end),
+            rules,
+            far if far is None else far.of_rows(start, end),
         )
+        tiles.attend(output[start:end])
 
 
-def _slice_queries(far: FarRotations, start: int, end: int) -> FarRotations:
-    return FarRotations(
-        far.query_cos[start:end],
-        far.query_sin[start:end],
-        far.key_cos,
-        far.key_sin,
-        far.is_neox_style,
-    )
+@dataclass
+class _RequestTiles:
+    """One request's queries, and the keys that they see between them.
 
+    Attributes:
+        query: rotated; [num_queries, num_heads, head_size]; the request's latest tokens.
+        key, value: [num_kv_heads, num_keys, head_size]: from the first query's window to the end.
+        global_key, global_value: [num_kv_heads, num_global, head_size]: the global tokens that the
+            last query sees behind its window.
+        seq_len: the position after the last query.
+        pattern, rules: what is computed.
+        far: rotations of these queries, or None.
+    """
 
-def _attend_window(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_row: torch.Tensor,
-    first_position: int,
-    seq_len: int,
-    pattern: LambdaPattern,
-    scale: float,
-    output: torch.Tensor,
-    far: FarRotations | None,
-) -> None:
-    """One request: its window, tile by tile, then the global keys behind each tile's window."""
-    window_start = pattern.window_start(first_position)
-    key, value = _gather(kv_cache, block_row, window_start, seq_len)
-    num_global = min(pattern.n_global, pattern.window_start(seq_len - 1))
-    global_key, global_value = _gather(kv_cache, block_row, 0, num_global)
-    tile = min(max(pattern.n_local // 4, _MIN_TILE), _MAX_TILE)
-    for tile_start in range(first_position, seq_len, tile):
-        tile_end = min(tile_start + tile, seq_len)
-        rows = slice(tile_start - first_position, tile_end - first_position)
-        keys = slice(pattern.window_start(tile_start) - window_start, tile_end - window_start)
-        local, local_lse = _attend_tile(
-            query[rows], key[:, keys], value[:, keys], tile_end, pattern.n_local, scale
-        )
-        if pattern.window_start(tile_end - 1) > 0 and num_global > 0:
-            _add_global_branch(
-                local, local_lse, query[rows], rows, global_key, global_value,
-                tile_start, pattern, scale, far,
-            )  # fmt: skip
-        output[rows] = local.to(output.dtype)
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    global_key: torch.Tensor
+    global_value: torch.Tensor
+    seq_len: int
+    pattern: LambdaPattern
+    rules: ScoreRules
+    far: FarRotations | None
+
+    def attend(self, output: torch.Tensor) -> None:
+        """Writes the attention of all queries, tile by tile; output is of query's shape."""
+        pattern = self.pattern
+        num_queries, num_keys = self.query.shape[0], self.key.shape[1]
+        tile = min(max(pattern.n_local // 4, _MIN_TILE), _MAX_TILE)
+        for start in range(0, num_queries, tile):
+            rows = slice(start, min(start + tile, num_queries))
+            first = self.seq_len - num_queries + rows.start
+            end = self.seq_len - num_queries + rows.stop
+            keys = slice(
+                pattern.window_start(first) - (self.seq_len - num_keys),
+                end - (self.seq_len - num_keys),
+            )
+            local, lse = _attend_tile(
+                self.query[rows],
+                self.key[:, keys],
+                self.value[:, keys],
+                end,
+                pattern.n_local,
+                self.rules,
+            )
+            if self.global_key.shape[1] > 0 and pattern.window_start(end - 1) > 0:
+                local, lse = self._join_global_branch(local, lse, rows, first)
+            if self.rules.sinks is not None:
+                joint = torch.logaddexp(lse, self.rules.sinks.to(lse.dtype))
+                local = local * (lse - joint).exp()[..., None]
+            output[rows] = local.to(output.dtype)
+
+    def _join_global_branch(
+        self, local: torch.Tensor, local_lse: torch.Tensor, rows: slice, first_position: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Joins the global keys behind the window into a tile's window attention.
+
+        With ``w`` the window's share of the joint softmax, the result is ``w * local`` plus the
+        global values under their own weights; both follow from one log-sum-exp over the branches.
+
+        Args:
+            local: the window's output [num_rows, num_heads, head_size].
+            local_lse: its log-sum-exp [num_rows, num_heads].
+            rows: which of the queries these are.
+            first_position: position of the first of them.
+
+        Returns:
+            The joint output and log-sum-exp, in local_lse's dtype.
+        """
+        wide = local_lse.dtype
+        query, key = self.query[rows].to(wide), self.global_key.to(wide)
+        num_rows, num_heads, head_size = query.shape
+        num_kv_heads, num_global, _ = key.shape
+        grouped = (num_rows, num_kv_heads, num_heads // num_kv_heads, head_size)
+        position = torch.arange(first_position, first_position + num_rows, device=query.device)
+        difference = position[:, None] - torch.arange(num_global, device=query.device)
+
+        scores = torch.einsum("rhgd,hnd->rhgn", query.view(grouped), key)
+        if self.far is not None:
+            turned = self.far.turn_queries(query, rows).view(grouped)
+            stationary = self.far.turn_keys(key)
+            far_scores = torch.einsum("rhgd,hnd->rhgn", turned, stationary)
+            beyond = difference > self.pattern.distance_limit
+            scores = torch.where(beyond[:, None, None], far_scores, scores)
+        scores = scores * self.rules.scale
+        if self.rules.softcap is not None:
+            scores = self.rules.softcap * (scores / self.rules.softcap).tanh()
+        if self.rules.alibi_slopes is not None:
+            distance = difference.clamp(max=self.pattern.distance_limit)
+            slopes = self.rules.alibi_slopes.to(wide).view(num_kv_heads, -1, 1)
+            scores = scores - slopes * distance[:, None, None]
+        in_window = difference < self.pattern.n_local
+        scores = scores.masked_fill(in_window[:, None, None], -math.inf)
+
+        local_lse = local_lse.view(num_rows, num_kv_heads, -1)
+        joint_lse = torch.logaddexp(local_lse, scores.logsumexp(dim=-1))
+        weights = (scores - joint_lse[..., None]).exp()
+        joint = torch.einsum("rhgn,hnd->rhgd", weights, self.global_value.to(wide))
+        joint = joint + (local_lse - joint_lse).exp()[..., None] * local.view(grouped)
+        return joint.reshape(local.shape), joint_lse.reshape(num_rows, num_heads)
 
 
 def _gather(
@@ -198,7 +290,7 @@ def _attend_tile(
     value: torch.Tensor,
     tile_end: int,
     n_local: int,
-    scale: float,
+    rules: ScoreRules,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Window attention of consecutive queries over consecutive keys that both end at tile_end.
 
@@ -210,7 +302,7 @@ def _attend_tile(
         value: same shape.
         tile_end: the position after the last query and the last key.
         n_local: the window, in tokens.
-        scale: factor on every score.
+        rules: how products become scores; sinks are left to the caller.
 
     Returns:
         The output [rows, num_heads, head_size] and the log-sum-exp of the scores, float32 or wider,
@@ -221,98 +313,65 @@ def _attend_tile(
     group = num_heads // num_kv_heads
     folded = query.view(rows, num_kv_heads, group, head_size).permute(1, 2, 0, 3)
     folded = folded.reshape(1, num_kv_heads, group * rows, head_size)
-    mask = None
-    if rows > 1:
-        i = torch.arange(tile_end - rows, tile_end, device=query.device)
-        difference = i[:, None] - torch.arange(tile_end - num_keys, tile_end, device=query.device)
-        hidden = (difference < 0) | (difference >= n_local)
-        mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, -math.inf)
-        mask = mask.repeat(group, 1)
-    if query.device.type == "cpu":
+    bias = _window_bias(rows, num_keys, tile_end, n_local, rules.alibi_slopes, query)
+    if bias is not None:
+        # From [num_heads or 1, rows, keys] to [1, num_kv_heads or 1, group * rows, keys].
+        bias = bias.expand(group if bias.shape[0] == 1 else -1, -1, -1)
+        bias = bias.reshape(1, -1, group * rows, num_keys)
+    if query.device.type == "cpu" and rules.softcap is None:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            folded, key[None], value[None], 0.0, False, attn_mask=mask, scale=scale
+            folded, key[None], value[None], 0.0, False, attn_mask=bias, scale=rules.scale
         )
     else:
-        out, lse = _eager_attention(folded, key[None], value[None], mask, scale)
+        out, lse = _eager_attention(folded, key[None], value[None], bias, rules)
     out = out.view(num_kv_heads, group, rows, head_size).permute(2, 0, 1, 3)
     lse = lse.view(num_kv_heads, group, rows).permute(2, 0, 1)
     return out.reshape(rows, num_heads, head_size), lse.reshape(rows, num_heads)
+
+
+def _window_bias(
+    rows: int,
+    num_keys: int,
+    tile_end: int,
+    n_local: int,
+    alibi_slopes: torch.Tensor | None,
+    query: torch.Tensor,
+) -> torch.Tensor | None:
+    """What is added to a tile's scores: minus infinity outside the window, and ALiBi inside.
+
+    Returns:
+        Shape [1, rows, num_keys], or [num_heads, rows, num_keys] with ALiBi; None for nothing to
+        add. In query's dtype without ALiBi, whose biases need float32.
+    """
+    if rows == 1 and alibi_slopes is None:
+        return None
+    i = torch.arange(tile_end - rows, tile_end, device=query.device)
+    difference = i[:, None] - torch.arange(tile_end - num_keys, tile_end, device=query.device)
+    hidden = (difference < 0) | (difference >= n_local)
+    if alibi_slopes is None:
+        bias = torch.zeros_like(hidden, dtype=query.dtype)
+    else:
+        bias = -alibi_slopes[:, None, None] * difference
+        bias = bias.to(torch.promote_types(query.dtype, torch.float32))
+    return bias.masked_fill(hidden, -math.inf).view(-1, rows, num_keys)
 
 
 def _eager_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
+    bias: torch.Tensor | None,
+    rules: ScoreRules,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with its log-sum-exp where no fused operator returns one.
+    """Attention with its log-sum-exp where no fused operator serves.
 
     Scores are formed in float32 or wider: before the scale is applied they can exceed float16.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = (query.to(dtype) * scale) @ key.to(dtype).transpose(-1, -2)
-    if mask is not None:
-        scores = scores + mask
+    scores = (query.to(dtype) * rules.scale) @ key.to(dtype).transpose(-1, -2)
+    if rules.softcap is not None:
+        scores = rules.softcap * (scores / rules.softcap).tanh()
+    if bias is not None:
+        scores = scores + bias
     lse = scores.logsumexp(dim=-1)
     return (scores - lse[..., None]).exp().to(value.dtype) @ value, lse
-
-
-def _add_global_branch(
-    local: torch.Tensor,
-    local_lse: torch.Tensor,
-    query: torch.Tensor,
-    rows: slice,
-    global_key: torch.Tensor,
-    global_value: torch.Tensor,
-    first_position: int,
-    pattern: LambdaPattern,
-    scale: float,
-    far: FarRotations | None,
-) -> None:
-    """Joins the global keys behind the window into a tile's window attention, in place.
-
-    With ``w`` the window's share of the joint softmax, the result is ``w * local`` plus the
-    global values under their own weights; both come from one log-sum-exp over the two branches.
-
-    Args:
-        local: the window's output [rows, num_heads, head_size]; overwritten.
-        local_lse: its log-sum-exp [rows, num_heads].
-        query: rotated queries [rows, num_heads, head_size].
-        rows: which rows of far's queries these are.
-        global_key: rotated keys [num_kv_heads, num_global, head_size].
-        global_value: values, same shape.
-        first_position: position of the first row.
-        pattern: the Λ.
-        scale: factor on every score.
-        far: rotations for pairs beyond the distance limit.
-    """
-    num_rows, num_heads, head_size = query.shape
-    num_kv_heads, num_global, _ = global_key.shape
-    wide = local_lse.dtype
-    grouped = (num_rows, num_kv_heads, num_heads // num_kv_heads, head_size)
-    key = global_key.to(wide)
-    scores = torch.einsum("rhgd,hnd->rhgn", query.to(wide).view(grouped), key)
-    position = torch.arange(first_position, first_position + num_rows, device=query.device)
-    difference = position[:, None] - torch.arange(num_global, device=query.device)
-    if far is not None:
-        far_query = rotate(
-            query.to(wide), far.query_cos[rows], far.query_sin[rows], far.is_neox_style
-        )
-        stationary = rotate(
-            key.transpose(0, 1),
-            far.key_cos[:num_global],
-            far.key_sin[:num_global],
-            far.is_neox_style,
-        ).transpose(0, 1)
-        far_scores = torch.einsum("rhgd,hnd->rhgn", far_query.view(grouped), stationary)
-        beyond = difference > pattern.distance_limit
-        scores = torch.where(beyond[:, None, None], far_scores, scores)
-    in_window = difference < pattern.n_local
-    scores = (scores * scale).masked_fill_(in_window[:, None, None], -math.inf)
-    local_lse = local_lse.view(num_rows, num_kv_heads, -1)
-    joint_lse = torch.logaddexp(local_lse, scores.logsumexp(dim=-1))
-    weights = (scores - joint_lse[..., None]).exp()
-    joined = torch.einsum("rhgn,hnd->rhgd", weights, global_value.to(wide))
-    joined += (local_lse - joint_lse).exp()[..., None] * local.view(grouped)
-    local.copy_(joined.reshape(local.shape))

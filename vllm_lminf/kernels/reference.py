@@ -18,6 +18,8 @@ def lambda_attention(
     scale: float,
     rotary: RotarySpec | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     query_start: int = 0,
 ) -> torch.Tensor:
     """Attention under the Λ mask with a limit on distances (arXiv 2308.16137, section 3).
@@ -34,6 +36,8 @@ def lambda_attention(
         scale: factor on every score.
         rotary: the model's RoPE, or None where it has none.
         alibi_slopes: ALiBi's slope for every head, shape [num_heads], or None.
+        softcap: every score ``s`` becomes ``softcap * tanh(s / softcap)`` (Gemma 2), or None.
+        sinks: for every head the score of one more key with a value of zero (gpt-oss), or None.
         query_start: position of the first query.
 
     Returns:
@@ -58,9 +62,15 @@ def lambda_attention(
         )
         scores = torch.where(difference <= pattern.distance_limit, near, far)
     scores = scores * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(scores.dtype)[:, None, None] * distance
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[0]]
     return torch.einsum("hij,jhd->ihd", weights, value)
 
 
