@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -64,6 +65,15 @@ SHAPES = [
 ]
 STYLES = pytest.mark.parametrize("is_neox_style", [True, False], ids=["neox", "gptj"])
 LOW = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors here are so small that threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def build(shape: tuple[int, ...], is_neox_style: bool = True) -> LMInfinite:
@@ -278,9 +288,9 @@ def test_settings_reach_the_scores() -> None:
 
 
 def test_positions_stay_exact_in_float32() -> None:
-    """A text that repeats itself reads the same after 100 000 tokens. Angles from a float32
-    product are off by 4e-3 rad there."""
-    period, seq = 500, 100_000
+    """A text that repeats itself reads the same after 50 000 tokens. Angles from a float32 product
+    are off by 2e-3 rad there."""
+    period, seq = 500, 50_000
     module = LMInfinite(8, 10, 64)
     q, k, v = (x.float().repeat(1, seq // period, 1) for x in draw(1, period, 8)[:3])
     with torch.inference_mode():
@@ -372,6 +382,8 @@ class TestMemory:
 import re, torch
 from vllm_lminf import LMInfinite
 
+torch.set_num_threads(1)
+
 def peak():
     # getrusage would begin with the peak of the process that started this one.
     with open("/proc/self/status") as status:
@@ -382,23 +394,23 @@ def run(seq):
     module(q, k, v).sum().backward()
 
 module = LMInfinite(256, 10, 64, num_heads=2)
-run(256)
+run(128)
 before = peak()
-for seq in (4096, 8192, 16384):
+for seq in (2048, 4096, 8192):
     run(seq)
     print(peak() - before)
 """
 
     def test_grows_with_the_length_and_no_faster(self) -> None:
         """The peak of both passes, as the system sees it. A single matrix of seq × seq scores for
-        the two heads would take 2 GiB at the last length, and four times as much per doubling."""
+        the two heads would take 512 MiB at the last length, and four times as much per doubling."""
         # So that memory goes back to the system when it is freed, and a peak is one of use.
-        output = run_python(self.PEAKS, MALLOC_MMAP_THRESHOLD_="65536")
+        output = run_python(self.PEAKS, MALLOC_MMAP_THRESHOLD_="1000000")
         peaks = [int(line) for line in output.split()]
         assert peaks[1] <= 2.3 * peaks[0]
         assert peaks[2] <= 2.3 * peaks[1]
         # q, k, v, the output and the gradients of q, k and v, and as much again to spare.
-        assert peaks[2] <= 14 * 16384 * 256 * 4
+        assert peaks[2] <= 14 * 8192 * 256 * 4
 
     def test_between_the_passes_only_the_inputs_are_kept(self) -> None:
         qkv = [x.requires_grad_() for x in draw(2, 300, 16)[:3]]

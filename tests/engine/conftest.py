@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -41,6 +42,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
             "max_num_seqs": 8,
             "kv_cache_memory_bytes": 1 << 28,
         }
+        environment = dict(os.environ)
         llm = LLM(
             str(model),
             attention_backend=backend,
@@ -54,6 +56,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
             del llm
             gc.collect()
             cleanup_dist_env_and_memory()
+            # An engine in this process leaves variables of its own behind.
+            os.environ.clear()
+            os.environ.update(environment)
 
     return start
 

@@ -15,14 +15,19 @@ from vllm_lminf.rope import RotarySpec
 
 
 def save_tiny_llama(
-    folder: Path, num_heads: int, num_kv_heads: int, head_size: int, trained_length: int = 64
+    folder: Path,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    trained_length: int = 64,
+    num_layers: int = 2,
 ) -> Path:
-    """A random Llama of two layers, without a tokenizer. The vocabulary has 512 tokens."""
+    """A random Llama without a tokenizer. The vocabulary has 512 tokens."""
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=96,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=head_size,

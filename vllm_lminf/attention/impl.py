@@ -6,6 +6,8 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
+from vllm_lminf.attention import hugging_face
+from vllm_lminf.attention.hugging_face import ExactPositionEmbeddings
 from vllm_lminf.attention.metadata import LambdaMetadata
 from vllm_lminf.attention.rotary import (
     ExactRotaryEmbedding,
@@ -66,7 +68,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             if sliding_window is None
             else LambdaPattern(0, sliding_window, sliding_window)
         )
-        self.rotary: ExactRotaryEmbedding | None = None
+        self.rotary: ExactRotaryEmbedding | ExactPositionEmbeddings | None = None
         LambdaAttentionImpl.built_last = self
         parents.expect(self)
 
@@ -78,11 +80,13 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         """
         parent, layer_name = parents.place_of(self)
         device = next(parent.parameters()).device
-        if self.rules.alibi_slopes is None:
-            self.rotary = make_exact(parent, layer_name, device, self.engine_pattern.distance_limit)
-        else:
+        if self.rules.alibi_slopes is not None:
             refuse_rotary(parent, layer_name)
             self.rules.alibi_slopes = self.rules.alibi_slopes.to(device)
+        elif hugging_face.is_hugging_face(parent):
+            self.rotary = hugging_face.make_exact(parent, layer_name, device)
+        else:
+            self.rotary = make_exact(parent, layer_name, device, self.engine_pattern.distance_limit)
 
     def do_kv_cache_update(
         self,

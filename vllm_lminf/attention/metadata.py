@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
@@ -13,6 +14,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
 from vllm_lminf import compat
+from vllm_lminf.attention.hugging_face import ExactPositionEmbeddings
 from vllm_lminf.attention.rotary import ExactRotaryEmbedding
 from vllm_lminf.config import BACKEND_NAME
 from vllm_lminf.kernels.paged import FarRotations, far_rotations
@@ -40,9 +42,11 @@ class LambdaMetadata(AttentionMetadata):
     seq_lens: list[int]
     block_table: torch.Tensor
     positions: torch.Tensor
-    _far: dict[ExactRotaryEmbedding, FarRotations] = field(default_factory=dict)
+    _far: dict[nn.Module, FarRotations] = field(default_factory=dict)
 
-    def far(self, rotary: ExactRotaryEmbedding, pattern: LambdaPattern) -> FarRotations:
+    def far(
+        self, rotary: ExactRotaryEmbedding | ExactPositionEmbeddings, pattern: LambdaPattern
+    ) -> FarRotations:
         """The far rotations of this batch, computed by the first layer that asks for them."""
         if rotary not in self._far:
             self._far[rotary] = far_rotations(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from vllm import _custom_ops as ops
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding import (
     DynamicNTKAlphaRotaryEmbedding,
@@ -39,6 +41,7 @@ class ExactRotaryEmbedding(nn.Module):
         self.spec = spec
         self.head_size = head_size
         self.tables = RotationTables(spec.inv_freq, device)
+        self._step_key = f"lminf rotary {id(self)}"
 
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
@@ -53,12 +56,46 @@ class ExactRotaryEmbedding(nn.Module):
         Returns:
             New tensors of the same shapes and dtypes.
         """
-        cos, sin = self.tables(positions.flatten())
-        if self.spec.magnitude != 1.0:
-            cos, sin = cos * self.spec.magnitude, sin * self.spec.magnitude
-        return self._turn(query, cos, sin), None if key is None else self._turn(key, cos, sin)
+        positions = positions.flatten()
+        turn = self._turn_traced if torch.compiler.is_compiling() else self._turn_by_operator
+        angles = self._cos_sin(positions)
+        return turn(query, angles), None if key is None else turn(key, angles)
 
-    def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def _cos_sin(self, positions: torch.Tensor) -> torch.Tensor:
+        """Cosines, then sines; float32 [num_tokens, rotary_dim].
+
+        All layers of a step ask for the same ones. A compiler sees that by itself; otherwise the
+        first layer leaves them in vLLM's forward context, which lives as long as the step.
+        """
+        if torch.compiler.is_compiling() or not is_forward_context_available():
+            return self._compute_cos_sin(positions)
+        step = get_forward_context().additional_kwargs
+        known = step.get(self._step_key)
+        if known is None or known[0] is not positions:
+            known = step[self._step_key] = (positions, self._compute_cos_sin(positions))
+        cos_sin: torch.Tensor = known[1]
+        return cos_sin
+
+    def _compute_cos_sin(self, positions: torch.Tensor) -> torch.Tensor:
+        cos_sin = torch.cat(self.tables(positions), dim=-1)
+        return cos_sin if self.spec.magnitude == 1.0 else cos_sin * self.spec.magnitude
+
+    def _turn_by_operator(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+        """vLLM's own rotary operator, handed a table that holds just this step's rows.
+
+        In float32, whatever x is: the operator takes the table in x's dtype, and cosines rounded to
+        16 bits make no rotation that could be turned back.
+        """
+        rows = torch.arange(cos_sin.shape[0], device=x.device)
+        turned = x.to(torch.float32, copy=True)
+        ops.rotary_embedding(
+            rows, turned.view(len(rows), -1), None, self.head_size, cos_sin, self.spec.is_neox_style
+        )
+        return turned.to(x.dtype)
+
+    def _turn_traced(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+        """The same in terms that a compiler fuses with what is around it."""
+        cos, sin = cos_sin.chunk(2, dim=-1)
         heads = x.view(cos.shape[0], -1, self.head_size)
         return rotate(heads, cos, sin, self.spec.is_neox_style).view(x.shape)
 
@@ -185,7 +222,7 @@ def read_spec(module: Any, layer_name: str, distance_limit: int) -> RotarySpec:
         UnsupportedError: its kind isn't served, or the table says otherwise.
     """
     kind = type(module)
-    magnitude, first_row, is_neox_style = 1.0, 0, True
+    magnitude, rows, is_neox_style = 1.0, slice(0, None), True
     with torch.device("cpu"):
         if kind in (RotaryEmbedding, Llama3RotaryEmbedding, NTKScalingRotaryEmbedding):
             inv_freq = module._compute_inv_freq(module.base)
@@ -205,7 +242,7 @@ def read_spec(module: Any, layer_name: str, distance_limit: int) -> RotarySpec:
             # it stays what the model was trained with.
             inv_freq = module._compute_inv_freq(module.base)
         elif kind is Phi3LongRoPEScaledRotaryEmbedding:
-            inv_freq, magnitude, first_row = _read_long_rope(module, distance_limit)
+            inv_freq, magnitude, rows = _read_long_rope(module, distance_limit)
         else:
             raise UnsupportedError(
                 [f"layer {layer_name}: rotary embedding {module} ({kind.__name__}) is not served"]
@@ -215,31 +252,31 @@ def read_spec(module: Any, layer_name: str, distance_limit: int) -> RotarySpec:
     else:
         table = module.long_short_cos_sin_cache
     spec = RotarySpec(inv_freq.to(torch.float64), is_neox_style, magnitude)
-    _check_against_table(spec, table[first_row : first_row + 256], kind.__name__, layer_name)
+    _check_against_table(spec, table[rows][:256], kind.__name__, layer_name)
     return spec
 
 
 def _read_long_rope(
     module: Phi3LongRoPEScaledRotaryEmbedding, distance_limit: int
-) -> tuple[torch.Tensor, float, int]:
+) -> tuple[torch.Tensor, float, slice]:
     """LongRoPE has factors for short contexts and for long ones. What decides here is the largest
     distance that is ever scored, not max_model_len as in vLLM.
 
     Returns:
-        inv_freq, the magnitude, and the row of the module's table where this choice starts.
+        inv_freq, the magnitude, and the rows of the module's table that this choice fills.
     """
     original = module.original_max_position_embeddings
     if distance_limit <= original:
-        factors, magnitude, first_row = module.short_factor, module.short_mscale, 0
+        factors, magnitude, rows = module.short_factor, module.short_mscale, slice(0, original)
     else:
-        factors, magnitude, first_row = module.long_factor, module.long_mscale, original
+        factors, magnitude, rows = module.long_factor, module.long_mscale, slice(original, None)
     logger.info_once(
         "LongRoPE: distance_limit %d takes the %s factors (the short ones serve up to %d)",
         distance_limit,
-        "long" if first_row else "short",
+        "long" if rows.start else "short",
         original,
     )
-    return module._compute_inv_freq(factors), magnitude, first_row
+    return module._compute_inv_freq(factors), magnitude, rows
 
 
 def _check_against_table(spec: RotarySpec, table: torch.Tensor, kind: str, layer_name: str) -> None:

@@ -18,7 +18,7 @@ from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotationTables, rotate
 
 _MAX_TILE = 512
-_MIN_TILE = 64
+_MIN_TILE = 128
 
 
 @dataclass

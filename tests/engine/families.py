@@ -1,0 +1,389 @@
+"""Model families: a tiny random checkpoint of each, and the same model in Hugging Face's code with
+its attention replaced by the oracle."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.bloom import modeling_bloom
+from transformers.models.falcon import modeling_falcon
+from transformers.models.gptj import modeling_gptj
+
+from vllm_lminf.kernels.reference import lambda_attention
+from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.rope import RotarySpec
+
+TRAINED_LENGTH = 64
+NATIVE_WINDOW = 24
+
+Attend = Callable[..., torch.Tensor]
+"""``attend(module, query, key, value, scale, **rules)`` on raw queries and keys, each of shape
+[1, heads, tokens, head_size]; returns [1, tokens, heads, head_size]."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        config_class: Hugging Face's configuration class, by name.
+        settings: what that class is given.
+        is_neox_style: how its rotated pairs lie.
+        oracle_forward: for a model that doesn't use Hugging Face's attention interface: the
+            attention module's class, and a function that makes the forward that replaces its own.
+        own_attention: which of Hugging Face's implementations is the model as it was meant.
+        as_in_vllm: changes Hugging Face's model where vLLM's differs outside of attention.
+    """
+
+    config_class: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    is_neox_style: bool = True
+    oracle_forward: tuple[type[nn.Module], Callable[[Attend], Callable]] | None = None
+    own_attention: str = "eager"
+    as_in_vllm: Callable[[PreTrainedModel], None] = lambda model: None
+
+    def save(self, folder: Path) -> Path:
+        """Writes a random checkpoint without a tokenizer. The vocabulary has 512 tokens."""
+        config = getattr(transformers, self.config_class)(**(_SHAPE | self.settings))
+        config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Biases, norms and sinks start as constants, which would hide that one is dropped.
+                if parameter.dim() == 1:
+                    parameter.copy_(parameter.nan_to_num() + 0.2 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        return folder
+
+
+_SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": TRAINED_LENGTH,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+
+_GQA = {"num_key_value_heads": 2}
+# vLLM knows these families with tied embeddings alone.
+_TIED = {"tie_word_embeddings": True}
+
+
+def _rope(theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta} | parameters}
+
+
+def _longrope(trained_length: int) -> dict[str, Any]:
+    """Long factors beyond ``trained_length``, short ones up to it."""
+    return {
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": trained_length,
+        **_rope(
+            rope_type="longrope",
+            partial_rotary_factor=1.0,
+            short_factor=[1.0 + 0.1 * k for k in range(8)],
+            long_factor=[2.0 + 0.5 * k for k in range(8)],
+            original_max_position_embeddings=trained_length,
+        ),
+    }
+
+
+def _gptj_forward(attend: Attend) -> Callable:
+    def forward(self: modeling_gptj.GPTJAttention, hidden_states: torch.Tensor, **_: Any) -> tuple:
+        query, key, value = (
+            self._split_heads(
+                project(hidden_states), self.num_attention_heads, self.head_dim, False
+            )
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = attend(self, query, key, value, self.head_dim**-0.5)
+        return self.out_proj(out.flatten(2)), None
+
+    return forward
+
+
+def _bloom_forward(attend: Attend) -> Callable:
+    def forward(
+        self: modeling_bloom.BloomAttention,
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
+        alibi: torch.Tensor,
+        **_: Any,
+    ) -> tuple:
+        query, key, value = self._reshape(self.query_key_value(hidden))
+        slopes = alibi[:, 0, 1] - alibi[:, 0, 0]
+        out = attend(self, query, key, value, self.inv_norm_factor, alibi_slopes=slopes)
+        return self.dense(out.flatten(2)) + residual, None
+
+    return forward
+
+
+def _falcon_forward(attend: Attend) -> Callable:
+    def forward(
+        self: modeling_falcon.FalconAttention,
+        hidden: torch.Tensor,
+        alibi: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple:
+        split = self._split_heads(self.query_key_value(hidden))
+        query, key, value = (x.transpose(1, 2) for x in split)
+        slopes = None
+        if alibi is not None:
+            # Falcon scales the bias together with the product of query and key.
+            alibi = alibi.view(self.num_heads, -1)
+            slopes = (alibi[:, 1] - alibi[:, 0]) * self.inv_norm_factor
+        out = attend(self, query, key, value, self.inv_norm_factor, alibi_slopes=slopes)
+        return self.dense(out.flatten(2)), None
+
+    return forward
+
+
+def _exact_gelu(model: PreTrainedModel) -> None:
+    """vLLM computes BLOOM's GELU with erf, Hugging Face approximates it with tanh."""
+    for block in model.transformer.h:
+        block.mlp.gelu_impl = nn.GELU()
+
+
+_ALTERNATING = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": NATIVE_WINDOW,
+    "head_dim": 32,
+    **_GQA,
+}
+
+FAMILIES = {
+    "llama-2": Family("LlamaConfig", _rope()),
+    "llama-3": Family(
+        "LlamaConfig",
+        {
+            **_GQA,
+            **_rope(
+                500000.0,
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        },
+    ),
+    "mistral": Family("MistralConfig", {"sliding_window": None, **_GQA, **_rope()}),
+    "mistral-windowed": Family(
+        "MistralConfig", {"sliding_window": NATIVE_WINDOW, **_GQA, **_rope()}
+    ),
+    "qwen-2.5": Family("Qwen2Config", {**_GQA, **_rope(1000000.0)}),
+    "qwen-3": Family("Qwen3Config", {"head_dim": 32, **_GQA, **_rope(1000000.0)}),
+    "gemma-3": Family(
+        "Gemma3TextConfig",
+        {
+            **_ALTERNATING,
+            **_TIED,
+            "query_pre_attn_scalar": 48,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            },
+        },
+    ),
+    "gemma-2": Family(
+        "Gemma2Config",
+        {
+            **_ALTERNATING,
+            **_TIED,
+            **_rope(),
+            "query_pre_attn_scalar": 48,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gpt-neox": Family("GPTNeoXConfig", _rope(partial_rotary_factor=0.25)),
+    "gpt-j": Family(
+        "GPTJConfig",
+        {"rotary_dim": 8},
+        is_neox_style=False,
+        oracle_forward=(modeling_gptj.GPTJAttention, _gptj_forward),
+    ),
+    "bloom": Family(
+        "BloomConfig",
+        _TIED,
+        oracle_forward=(modeling_bloom.BloomAttention, _bloom_forward),
+        as_in_vllm=_exact_gelu,
+    ),
+    "falcon": Family(
+        "FalconConfig",
+        _rope(),
+        oracle_forward=(modeling_falcon.FalconAttention, _falcon_forward),
+    ),
+    "falcon-rw": Family(
+        "FalconConfig",
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+        oracle_forward=(modeling_falcon.FalconAttention, _falcon_forward),
+        # The eager one adds the ALiBi bias twice: to the scores, and within the mask.
+        own_attention="sdpa",
+    ),
+    "phi-3": Family("Phi3Config", _rope(partial_rotary_factor=1.0)),
+    "phi-3-longrope-short": Family("Phi3Config", _longrope(trained_length=TRAINED_LENGTH)),
+    "phi-3-longrope-long": Family("Phi3Config", _longrope(trained_length=TRAINED_LENGTH // 2)),
+    "phi-2": Family("PhiConfig", _rope(partial_rotary_factor=0.5)),
+    "olmo-2": Family("Olmo2Config", {**_GQA, **_rope(500000.0)}),
+    "stablelm": Family(
+        "StableLmConfig", {"use_qkv_bias": True, **_GQA, **_rope(partial_rotary_factor=0.25)}
+    ),
+    "glm": Family(
+        "GlmConfig",
+        {"head_dim": 16, **_GQA, **_rope(partial_rotary_factor=0.5)},
+        is_neox_style=False,
+    ),
+    "granite": Family(
+        "GraniteConfig",
+        {
+            **_GQA,
+            **_rope(),
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "gpt-oss": Family(
+        "GptOssConfig",
+        {
+            **_ALTERNATING,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            **_rope(
+                150000.0,
+                rope_type="yarn",
+                factor=4.0,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                truncate=False,
+                original_max_position_embeddings=32,
+            ),
+        },
+    ),
+}
+
+LEARNED_POSITIONS = {
+    "gpt-2": Family("GPT2Config", _TIED),
+    "opt": Family("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64, **_TIED}),
+}
+
+
+class OracleModel:
+    """A checkpoint in Hugging Face's code, with or without the oracle as its attention."""
+
+    def __init__(self, family: Family, path: Path) -> None:
+        self.family = family
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=family.own_attention
+        )
+        family.as_in_vllm(self.model)
+        # Where vLLM runs Hugging Face's code, it changes the class of the decoder for its compiler,
+        # which then looks for this in every instance, and so in one made before as well.
+        self.model.base_model.do_not_compile = True
+
+    @torch.inference_mode()
+    def logprobs(self, token_ids: list[int], pattern: LambdaPattern | None) -> torch.Tensor:
+        """Log-probability of every token but the first, given those before it.
+
+        Args:
+            token_ids: the tokens.
+            pattern: the Λ; None for the model as Hugging Face made it.
+
+        Returns:
+            float64 of shape [len(token_ids) - 1].
+        """
+        tokens = torch.tensor([token_ids])
+        if pattern is None:
+            logits = self.model(tokens, use_cache=False).logits
+        else:
+            with self._oracle(pattern):
+                logits = self.model(tokens, use_cache=False).logits
+        return logits[0, :-1].double().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+
+    @contextmanager
+    def _oracle(self, pattern: LambdaPattern) -> Iterator[None]:
+        def attend(
+            module: nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            scale: float,
+            *,
+            window: int | None = None,
+            **rules: Any,
+        ) -> torch.Tensor:
+            own = pattern if window is None else LambdaPattern(0, window, window)
+            rotary = self._rotary(module, pattern)
+            tokens_first = (x[0].transpose(0, 1) for x in (query, key, value))
+            return lambda_attention(*tokens_first, own, scale=scale, rotary=rotary, **rules)[None]
+
+        if self.family.oracle_forward is not None:
+            attention_class, make_forward = self.family.oracle_forward
+            with mock.patch.object(attention_class, "forward", make_forward(attend)):
+                yield
+            return
+
+        def interface(
+            module: nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            scaling: float,
+            sliding_window: int | None = None,
+            softcap: float | None = None,
+            s_aux: torch.Tensor | None = None,
+            **_: Any,
+        ) -> tuple[torch.Tensor, None]:
+            rules = {"window": sliding_window, "softcap": softcap, "sinks": s_aux}
+            return attend(module, query, key, value, scaling, **rules), None
+
+        AttentionInterface.register("lminf_oracle", interface)
+        code = __import__(type(self.model).__module__, fromlist=["apply_rotary_pos_emb"])
+        self.model.set_attn_implementation("lminf_oracle")
+        try:
+            with mock.patch.object(code, "apply_rotary_pos_emb", lambda q, k, *_, **__: (q, k)):
+                yield
+        finally:
+            self.model.set_attn_implementation(self.family.own_attention)
+
+    def _rotary(self, module: nn.Module, pattern: LambdaPattern) -> RotarySpec | None:
+        """What Hugging Face's own rotary module says of this layer."""
+        config = self.model.config
+        if config.model_type == "gptj":
+            exponents = torch.arange(0, config.rotary_dim, 2) / config.rotary_dim
+            return RotarySpec((1.0 / 10000**exponents).double(), is_neox_style=False)
+        if getattr(config, "alibi", config.model_type == "bloom"):
+            return None
+        (rotary,) = (m for n, m in self.model.named_modules() if n.endswith("rotary_emb"))
+        prefix = ""
+        if not hasattr(rotary, "inv_freq"):
+            prefix = f"{config.layer_types[module.layer_idx]}_"
+        inv_freq = getattr(rotary, f"{prefix}original_inv_freq")
+        if getattr(rotary, "rope_type", None) == "longrope":
+            # Short or long factors: the largest distance that is scored decides.
+            longrope = ROPE_INIT_FUNCTIONS["longrope"]
+            inv_freq, _ = longrope(config, seq_len=pattern.distance_limit)
+        return RotarySpec(
+            inv_freq.double(),
+            self.family.is_neox_style,
+            getattr(rotary, f"{prefix}attention_scaling"),
+        )
