@@ -1,6 +1,7 @@
 """Model families: a tiny random checkpoint of each, and the same model in Hugging Face's code with
 its attention replaced by the oracle."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ class Family:
             for parameter in model.parameters():
                 # Biases, norms and sinks start as constants, which would hide that one is dropped.
                 if parameter.dim() == 1:
-                    parameter.copy_(parameter.nan_to_num() + 0.2 * torch.randn_like(parameter))
+                    parameter.add_(0.2 * torch.randn_like(parameter))
         model.save_pretrained(folder)
         return folder
 
@@ -357,7 +358,7 @@ class OracleModel:
             return attend(module, query, key, value, scaling, **rules), None
 
         AttentionInterface.register("lminf_oracle", interface)
-        code = __import__(type(self.model).__module__, fromlist=["apply_rotary_pos_emb"])
+        code = sys.modules[type(self.model).__module__]
         self.model.set_attn_implementation("lminf_oracle")
         try:
             with mock.patch.object(code, "apply_rotary_pos_emb", lambda q, k, *_, **__: (q, k)):

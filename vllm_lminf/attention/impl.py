@@ -62,7 +62,6 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         )
         self.engine_pattern = pattern_of(get_current_vllm_config())
         # A layer with a window of its own keeps it; only full attention becomes the Λ.
-        self.has_native_window = sliding_window is not None
         self.pattern = (
             self.engine_pattern
             if sliding_window is None

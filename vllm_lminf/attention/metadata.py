@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -67,6 +68,7 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         if type(kv_cache_spec) is SlidingWindowSpec:
+            _warn_if_all_layers_have_windows(vllm_config)
             return
         if not isinstance(kv_cache_spec, LambdaSpec) or kv_cache_spec.pattern != pattern_of(
             vllm_config
@@ -98,6 +100,17 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
             seq_lens=seq_lens.tolist(),
             block_table=common.block_table_tensor,
             positions=positions.to(self.device, torch.int64),
+        )
+
+
+def _warn_if_all_layers_have_windows(config: VllmConfig) -> None:
+    layers = get_layers_from_vllm_config(config, Attention).values()
+    if all(layer.sliding_window is not None for layer in layers):
+        logger.warning_once(
+            "%s is selected, and every layer of this model has a sliding window of its own, which "
+            "it keeps: n_global, n_local and distance_limit change nothing. Positions are exact "
+            "beyond the trained length",
+            BACKEND_NAME,
         )
 
 
