@@ -108,11 +108,15 @@ def write_cache(
         value: same shape.
         kv_cache: see `split_cache`; written in place.
         slot_mapping: integers [num_tokens]: ``block * block_size + offset`` of every token, or a
-            negative number for a token that has no slot.
+            negative number for a token that has no slot. Off the CPU, where to look for one would
+            wait for the device, such a token is stored in slot 0, which nobody reads: block 0
+            stands for blocks that were freed.
     """
     num_tokens = slot_mapping.shape[0]
     key, value = key[:num_tokens], value[:num_tokens]
-    if slot_mapping.device.type == "cpu" and bool((slot_mapping < 0).any()):
+    if slot_mapping.device.type != "cpu":
+        slot_mapping = slot_mapping.clamp(min=0)
+    elif bool((slot_mapping < 0).any()):
         has_slot = slot_mapping >= 0
         key, value, slot_mapping = key[has_slot], value[has_slot], slot_mapping[has_slot]
     key_cache, value_cache = split_cache(kv_cache)
