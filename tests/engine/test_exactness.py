@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.config import CompilationMode
 
 from tests.engine.conftest import Engine
 from tests.engine.oracle_model import oracle_logprobs, save_tiny_llama
@@ -111,6 +112,16 @@ def test_defaults_are_the_trained_length(engine: Engine, tmp_path: Path) -> None
     model = save_tiny_llama(tmp_path / "model", 4, 2, 64, trained_length=64)
     pattern = LambdaPattern(n_global=10, n_local=64, distance_limit=64)
     with engine(model, max_model_len=1000, block_size=16) as llm:
+        assert_equal_to_oracle(llm, model, random_prompts([40, 300]), pattern, 8)
+
+
+def test_compiled_model(engine: Engine, tmp_path: Path) -> None:
+    """As vLLM runs by default: the model around the attention goes through torch.compile."""
+    model = save_tiny_llama(tmp_path / "model", 4, 2, 64)
+    pattern = LambdaPattern(n_global=10, n_local=64, distance_limit=64)
+    with engine(model, max_model_len=1000, block_size=16, enforce_eager=False) as llm:
+        mode = llm.llm_engine.vllm_config.compilation_config.mode
+        assert mode != CompilationMode.NONE
         assert_equal_to_oracle(llm, model, random_prompts([40, 300]), pattern, 8)
 
 
