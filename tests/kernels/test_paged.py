@@ -81,6 +81,13 @@ FAR_CASES = [
     Case("decode", ((1_000_000, 1),), heads=(2, 1), rotary_dim=32, is_neox_style=False),
 ]
 
+VERY_FAR_CASES = [
+    Case("decode", ((10**8, 1),), heads=(2, 1), block_size=256),
+    Case("chunked", ((10**8 + 200, 70),), heads=(2, 1), block_size=256),
+    Case("decode", ((2**31 - 2, 1),), heads=(2, 1), block_size=256),
+    Case("chunked", ((2**31 - 80, 79),), heads=(2, 1), block_size=256, pattern=(20, 30, 33)),
+]
+
 by_id = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
@@ -154,6 +161,17 @@ def test_far_positions(case: Case, operator: str) -> None:
     assert_close(
         batch.run_paged(torch.float64, batch.far()), expected, FAR_EXACT + batch.table_error()
     )
+
+
+@pytest.mark.parametrize("case", VERY_FAR_CASES, ids=lambda case: case.id)
+def test_positions_up_to_the_last(case: Case) -> None:
+    """Up to 2**31 - 1, where float64 itself knows an angle to no more than 2**-22 rad.
+
+    With the tables' float32 cosines, two rotations of a pair are off by 4e-7 rad each at the most,
+    and the pairs of a head in all directions: a score of size 1 stays good to some 1e-6.
+    """
+    batch = make_batch(case)
+    assert_close(batch.run_paged(torch.float64, batch.far()), batch.run_literal(), 1e-6)
 
 
 @pytest.mark.parametrize(
