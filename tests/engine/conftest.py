@@ -42,21 +42,23 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
             "max_num_seqs": 8,
             "kv_cache_memory_bytes": 1 << 28,
         }
+        # An engine in this process leaves variables of its own behind, one that fails to start too.
         environment = dict(os.environ)
-        llm = LLM(
-            str(model),
-            attention_backend=backend,
-            additional_config={"lminf": settings} if settings else {},
-            **(defaults | arguments),
-        )
         try:
-            yield llm
+            llm = LLM(
+                str(model),
+                attention_backend=backend,
+                additional_config={"lminf": settings} if settings else {},
+                **(defaults | arguments),
+            )
+            try:
+                yield llm
+            finally:
+                llm.llm_engine.engine_core.shutdown()
+                del llm
+                gc.collect()
+                cleanup_dist_env_and_memory()
         finally:
-            llm.llm_engine.engine_core.shutdown()
-            del llm
-            gc.collect()
-            cleanup_dist_env_and_memory()
-            # An engine in this process leaves variables of its own behind.
             os.environ.clear()
             os.environ.update(environment)
 
