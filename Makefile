@@ -58,10 +58,12 @@ test: venv model  ## lint, check types and run every test
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 # Eager, because vLLM compiles a model for CPUs anew at every start, which takes minutes on two
-# cores; SERVE_ARGS=--no-enforce-eager has it compiled.
+# cores; SERVE_ARGS=--no-enforce-eager has it compiled. The cache holds about seven requests of any
+# length; without a size vLLM takes nearly all memory that there is.
 serve: venv model  ## start an OpenAI-compatible server with LM-Infinite on port 8000
 	VLLM_ATTENTION_BACKEND=LMINF $(BIN)/vllm serve $(MODEL) \
-		--served-model-name smollm2 --max-model-len 1000000 --enforce-eager $(SERVE_ARGS)
+		--served-model-name smollm2 --max-model-len 1000000 --enforce-eager \
+		--kv-cache-memory-bytes 2G $(SERVE_ARGS)
 
 lint: venv  ## check style and types
 	$(BIN)/ruff check
