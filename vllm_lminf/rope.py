@@ -1,4 +1,4 @@
-"""Rotary position embedding that is exact at any position below 2**31, in about 1 MB.
+"""Rotary position embedding that is exact at any position below 2**31, in 1 to 4 MB.
 
 A rotation by position ``p`` turns the pair ``k`` of rotary dimensions by ``p * inv_freq[k]``
 radians (arXiv 2104.09864). One float32 table with a row for every position grows without end, and
