@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_lminf.kernels import paged, reference
+from vllm_lminf.kernels import cpu, paged, reference
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotarySpec, RotationTables
 
@@ -239,6 +239,33 @@ class Batch:
             far=far,
             output=output,
         )
+
+    def run_cpu(
+        self, dtype: torch.dtype, far: paged.FarRotations | None, rules: paged.ScoreRules
+    ) -> torch.Tensor:
+        """The compiled kernel's output, on a cache that it has written itself."""
+        query = self.query(dtype)
+        num_kv_heads, head_size = self.stretches[0].key.shape[1:]
+        layer = cpu.CpuLayer(query.shape[1], num_kv_heads, head_size, dtype, rules)
+        cache = torch.full(
+            (self.num_blocks, num_kv_heads, self.block_size, 2 * head_size), torch.nan, dtype=dtype
+        )
+        for row, stretch in enumerate(self.stretches):
+            where = torch.tensor(stretch.key_positions)
+            block = self.block_table[row, where // self.block_size].long()
+            key = self._turn(stretch.key, stretch.key_positions).to(dtype)
+            slots = block * self.block_size + where % self.block_size
+            layer.write_cache(key, stretch.value.to(dtype), cache, slots)
+        batch = cpu.CpuBatch(
+            torch.tensor(self.query_start_loc, dtype=torch.int32),
+            torch.tensor(self.seq_lens, dtype=torch.int32),
+            self.block_table,
+            self.pattern,
+            far,
+        )
+        output = torch.full_like(query, torch.nan)
+        layer.lambda_attention(query, cache, batch, output)
+        return output
 
     def run_oracle(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """The oracle's output, every step of it in ``dtype``."""

@@ -1,0 +1,93 @@
+"""Compiles the C++ kernels for this machine, once; later starts load what is there.
+
+The library's name is a hash of everything that it depends on: the sources, the compiler, the flags
+and the CPU. It is written under a name of its own and then renamed, which is atomic: processes
+that start at once may both compile, and neither sees half a file.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+_COMPILERS = ("g++", "c++", "clang++")
+_TIMEOUT_S = 300
+
+
+class BuildError(RuntimeError):
+    """The kernels can't be compiled or loaded here; the message says why and what to do."""
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The compiled kernels, built first if this is the first time.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+    """
+    compiler = _compiler()
+    path = _cache_dir() / f"kernels-{_fingerprint(compiler)}.so"
+    if not path.exists():
+        _compile(compiler, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} does not load: {error}. Remove it to have it built anew") from error
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CXX")
+    for command in [named] if named else _COMPILERS:
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    looked_for = f"CXX={named}" if named else ", ".join(_COMPILERS)
+    raise BuildError(f"no C++ compiler found ({looked_for}): install g++, or name one with CXX")
+
+
+def _cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "vllm-lminf"
+
+
+def _fingerprint(compiler: list[str]) -> str:
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.glob("*.[ch]*")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    digest.update(repr((compiler, FLAGS, platform.machine(), _cpu_features())).encode() + version)
+    return digest.hexdigest()[:20]
+
+
+def _cpu_features() -> str:
+    """What -march=native depends on: a cache folder may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    named = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(named)}))
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
+            built = Path(folder) / path.name
+            command = [*compiler, *FLAGS, "-o", str(built), str(SOURCES / "kernels.cpp")]
+            result = subprocess.run(
+                command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            )
+            if result.returncode != 0:
+                raise BuildError(f"{shlex.join(command)} failed:\n{result.stderr.strip()}")
+            built.replace(path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the kernels can't be compiled into {path.parent}: {error}") from error

@@ -1,0 +1,65 @@
+// What Python hands over: one structure a step, one a layer. `cpu.py` mirrors both.
+
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+enum LminfDtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// A batch under one Λ; the same for every layer that shares the Λ and the rotation.
+struct LminfBatch {
+  const int32_t* query_start_loc;  // [num_requests + 1]
+  const int32_t* seq_lens;         // [num_requests], this step's tokens included
+  const int32_t* block_table;      // [num_requests, block_table_stride]
+  int64_t block_table_stride;
+  int64_t num_requests;
+  int64_t n_global;
+  int64_t n_local;
+  int64_t distance_limit;
+  // Rotations of far pairs, null where the model rotates nothing. They turn a query back by
+  // max(0, position - distance_limit), a global key by its position.
+  const float* query_cos;  // [num_tokens, rotary_half]
+  const float* query_sin;
+  const float* key_cos;  // [rotary_half, key_stride], one column a global key
+  const float* key_sin;
+  int64_t key_stride;  // n_global rounded up to 16
+  int64_t rotary_half;
+  int32_t is_neox_style;
+};
+
+// A layer, and this step's tensors of it. Strides count elements.
+struct LminfLayer {
+  const void* query;  // [num_tokens, num_heads, head_size], heads next to each other
+  int64_t query_stride;
+  void* output;  // likewise
+  int64_t output_stride;
+  void* kv_cache;  // [num_blocks, num_kv_heads, block_size, 2 * head_size]
+  int64_t block_stride;
+  int64_t head_stride;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_size;   // a multiple of 16
+  int64_t block_size;  // a multiple of 16
+  const float* alibi_slopes;  // [num_heads] or null
+  const float* sinks;         // [num_heads] or null
+  float scale;
+  float softcap;  // 0 for none
+  int32_t dtype;
+};
+
+void lminf_attention(const LminfBatch* batch, const LminfLayer* layer);
+
+// key and value: [num_tokens, num_kv_heads, head_size], heads next to each other; a token whose
+// slot is negative is left out.
+void lminf_write_cache(const LminfLayer* layer, const void* key, int64_t key_stride,
+                       const void* value, int64_t value_stride, const int64_t* slots,
+                       int64_t num_tokens);
+
+// Turns the leading 2 * rotary_half dimensions of every head in place.
+// cos_sin: [num_tokens, 2 * rotary_half], cosines then sines.
+void lminf_rotate(void* heads, int64_t stride, int64_t num_tokens, int64_t num_heads,
+                  int64_t head_size, const float* cos_sin, int64_t rotary_half,
+                  int32_t is_neox_style, int32_t dtype);
+}
