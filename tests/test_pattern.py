@@ -55,6 +55,18 @@ def test_everything_is_seen_near_the_start() -> None:
     assert not pattern.visible(8, 0)
 
 
+@given(patterns, patterns)
+def test_union_shows_what_either_shows_and_is_the_smallest(
+    first: LambdaPattern, second: LambdaPattern
+) -> None:
+    union = first.union(second)
+    for i in range(60):
+        for j in range(i + 1):
+            assert union.visible(i, j) >= (first.visible(i, j) or second.visible(i, j))
+    for name in ("n_global", "n_local", "distance_limit"):
+        assert getattr(union, name) in (getattr(first, name), getattr(second, name))
+
+
 def test_distance_is_true_up_to_the_limit_and_the_limit_beyond() -> None:
     pattern = LambdaPattern(n_global=2, n_local=4, distance_limit=6)
     assert [pattern.distance(i, 0) for i in (0, 3, 5, 6, 7, 10**9)] == [0, 3, 5, 6, 6, 6]

@@ -51,6 +51,14 @@ class LambdaPattern:
         """The distance at which the query at ``i`` scores a visible key at ``j``."""
         return min(i - j, self.distance_limit)
 
+    def union(self, other: "LambdaPattern") -> "LambdaPattern":
+        """The smallest Λ under which all is visible that is visible under either."""
+        return LambdaPattern(
+            max(self.n_global, other.n_global),
+            max(self.n_local, other.n_local),
+            max(self.distance_limit, other.distance_limit),
+        )
+
     def window_start(self, i: int) -> int:
         """The first position inside the window of the query at ``i``.
 

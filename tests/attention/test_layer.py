@@ -75,7 +75,8 @@ class TestSpec:
         own = SlidingWindowSpec(
             block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
         )
-        assert LambdaAttentionBackend.customize_spec(own) is own
+        spec = LambdaAttentionBackend.customize_spec(own)
+        assert spec == LambdaSpec.of(own, LambdaPattern(0, 64, 64))
         layer = make_impl(sliding_window=64)
         assert layer.pattern == LambdaPattern(0, 64, 64)
         assert LambdaAttentionBackend.customize_spec(FULL).pattern == PATTERN

@@ -133,6 +133,23 @@ class TestGroups:
         )
         assert not spec.is_uniform_with_collection({"a": spec, "b": plain})
 
+    @pytest.mark.parametrize("first", ["window", "full"])
+    def test_a_window_of_the_same_length_is_another_group(
+        self, full: FullAttentionSpec, stock_config: VllmConfig, first: str
+    ) -> None:
+        """One that keeps no global token, whichever layer comes first: what is freed in one group
+        is lost to all its layers."""
+        config = deepcopy(stock_config)
+        config.cache_config.kv_cache_layout = "LBHNC"
+        specs = {
+            "full": LambdaSpec.of(full, PATTERN),
+            "window": LambdaSpec.of(full, LambdaPattern(0, PATTERN.n_local, PATTERN.n_local)),
+        }
+        order = sorted(specs, key=lambda name: name != first)
+        groups = get_kv_cache_groups(config, {name: specs[name] for name in order})
+        assert [group.layer_names for group in groups] == [[name] for name in order]
+        assert [group.kv_cache_spec for group in groups] == [specs[name] for name in order]
+
     def test_a_model_is_one_group(self, full: FullAttentionSpec, stock_config: VllmConfig) -> None:
         spec = LambdaSpec.of(full, PATTERN)
         (group,) = get_kv_cache_groups(stock_config, layers(spec))

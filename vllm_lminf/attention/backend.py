@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_lminf.attention.impl import LambdaAttentionImpl
 from vllm_lminf.attention.metadata import LambdaMetadataBuilder
+from vllm_lminf.attention.patterns import cache_pattern
 from vllm_lminf.config import BACKEND_NAME
 from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.startup import UnsupportedError
@@ -56,16 +57,22 @@ class LambdaAttentionBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Full attention becomes the Λ; a layer with a window of its own keeps that.
+        """Every layer's cache becomes that of a Λ, one with a window of its own included.
+
+        vLLM puts a `SlidingWindowSpec` into one group with any other window of the same length,
+        and would keep no pinned block for a Λ whose n_local is the window of other layers.
 
         vLLM names neither the layer nor the engine here, so it is the Λ of the model that this
         process built last; the metadata builder, which is told the engine, checks that it was.
         """
         if type(spec) is SlidingWindowSpec:
-            return spec
-        if type(spec) is not FullAttentionSpec or spec.non_causal:
+            own_window = spec.sliding_window
+        elif type(spec) is FullAttentionSpec and not spec.non_causal:
+            own_window = None
+        else:
             raise UnsupportedError([f"a KV cache of kind {spec}: not served"])
-        return LambdaSpec.of(spec, LambdaAttentionImpl.built_last.engine_pattern)
+        engine = LambdaAttentionImpl.built_last.engine
+        return LambdaSpec.of(spec, cache_pattern(engine, own_window))
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

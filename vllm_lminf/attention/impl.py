@@ -9,6 +9,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 from vllm_lminf.attention import hugging_face
 from vllm_lminf.attention.hugging_face import ExactPositionEmbeddings
 from vllm_lminf.attention.metadata import LambdaMetadata
+from vllm_lminf.attention.patterns import layer_pattern
 from vllm_lminf.attention.rotary import (
     ExactRotaryEmbedding,
     make_exact,
@@ -16,7 +17,6 @@ from vllm_lminf.attention.rotary import (
     refuse_rotary,
 )
 from vllm_lminf.kernels.paged import FarRotations, ScoreRules, lambda_attention, write_cache
-from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.startup import UnsupportedError, pattern_of
 
 
@@ -60,13 +60,9 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32),
             sinks,
         )
-        self.engine_pattern = pattern_of(get_current_vllm_config())
-        # A layer with a window of its own keeps it; only full attention becomes the Λ.
-        self.pattern = (
-            self.engine_pattern
-            if sliding_window is None
-            else LambdaPattern(0, sliding_window, sliding_window)
-        )
+        self.engine = get_current_vllm_config()
+        self.engine_pattern = pattern_of(self.engine)
+        self.pattern = layer_pattern(self.engine_pattern, sliding_window)
         self.rotary: ExactRotaryEmbedding | ExactPositionEmbeddings | None = None
         LambdaAttentionImpl.built_last = self
         parents.expect(self)

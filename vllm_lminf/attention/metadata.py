@@ -12,10 +12,11 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_lminf import compat
 from vllm_lminf.attention.hugging_face import ExactPositionEmbeddings
+from vllm_lminf.attention.patterns import cache_pattern
 from vllm_lminf.attention.rotary import ExactRotaryEmbedding
 from vllm_lminf.config import BACKEND_NAME
 from vllm_lminf.kernels.paged import FarRotations, far_rotations
@@ -67,19 +68,20 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        if type(kv_cache_spec) is SlidingWindowSpec:
-            _warn_if_all_layers_have_windows(vllm_config)
-            return
-        if not isinstance(kv_cache_spec, LambdaSpec) or kv_cache_spec.pattern != pattern_of(
-            vllm_config
-        ):
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
+        windows = {layer.sliding_window for layer in layers} or {None}
+        expected = {cache_pattern(vllm_config, window) for window in windows}
+        if not isinstance(kv_cache_spec, LambdaSpec) or expected != {kv_cache_spec.pattern}:
             raise UnsupportedError(
                 [
                     f"layers {layer_names[0]} and so on were given the KV cache {kv_cache_spec}, "
                     "which isn't this engine's Λ: build one engine at a time in a process"
                 ]
             )
-        _log_what_is_active(kv_cache_spec, vllm_config, device)
+        if None in windows:
+            _log_what_is_active(kv_cache_spec, vllm_config, device)
+        else:
+            _warn_if_all_layers_have_windows(vllm_config)
 
     def build(
         self,
@@ -115,15 +117,15 @@ def _warn_if_all_layers_have_windows(config: VllmConfig) -> None:
 
 
 def _log_what_is_active(spec: LambdaSpec, config: VllmConfig, device: torch.device) -> None:
-    model = config.model_config
+    model, pattern = config.model_config, pattern_of(config)
     logger.info_once(
         "%s is active: kernel paged (PyTorch, %s), n_global %d, n_local %d, distance_limit %d, "
         "trained length %s, max_model_len %d; a request holds at most %d blocks of %d tokens",
         BACKEND_NAME,
         device.type,
-        spec.n_global,
-        spec.sliding_window,
-        spec.distance_limit,
+        pattern.n_global,
+        pattern.n_local,
+        pattern.distance_limit,
         compat.trained_length(model) or "unknown",
         model.max_model_len,
         spec.max_admission_blocks_per_request(config.max_in_flight_tokens, model.max_model_len),

@@ -25,7 +25,7 @@ class LambdaSpec(SlidingWindowSpec):
 
     @classmethod
     def of(cls, spec: AttentionSpec, pattern: LambdaPattern) -> Self:
-        """The spec of a full-attention layer, under this Λ."""
+        """The cache that vLLM planned for a layer, kept by this Λ."""
         return cls(
             block_size=spec.block_size,
             num_kv_heads=spec.num_kv_heads,
