@@ -24,11 +24,22 @@ from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_lminf import compat, plugin
 from vllm_lminf.config import BACKEND_NAME
+from vllm_lminf.metrics import BLOCKS_PINNED
 
-WRAPPED = [(EngineArgs, "create_engine_config"), (CpuPlatform, "get_attn_backend_cls")]
+WRAPPED = [
+    (EngineArgs, "create_engine_config"),
+    (CpuPlatform, "get_attn_backend_cls"),
+    (Scheduler, "make_stats"),
+    (StatLoggerManager, "__init__"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +202,8 @@ FUNCTIONS = {
     "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls": (
         "selected_backend attn_selector_config num_heads"
     ),
+    "vllm.v1.core.sched.scheduler:Scheduler.make_stats": "self",
+    "vllm.v1.metrics.loggers:StatLoggerManager.__init__": "self vllm_config engine_idxs",
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_path": "self",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class": "self",
@@ -246,10 +259,15 @@ BASES = {
         "vllm.v1.kv_cache_interface:SlidingWindowSpec",
         "max_admission_blocks_per_request is_uniform_with_collection",
     ),
+    "vllm_lminf.metrics:LambdaStatLogger": (
+        "vllm.v1.metrics.loggers:AggregateStatLoggerBase",
+        "__init__ record log_engine_initialized",
+    ),
 }
 
 # Fields that are read or set.
 FIELDS = {
+    "vllm.v1.metrics.stats:SchedulerStats": "num_kv_fetch_reqs_by_stage",
     "vllm.engine.arg_utils:EngineArgs": "attention_backend attention_config additional_config",
     "vllm.config:VllmConfig": (
         "model_config cache_config parallel_config speculative_config kv_transfer_config "
@@ -340,6 +358,23 @@ class TestHooks:
         config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 16)
         path = CpuPlatform.get_attn_backend_cls(compat.backend_member(), config)
         assert path == AttentionBackendEnum.CPU_ATTN.get_path()
+
+    def test_statistics_carry_names_and_counts_between_processes(self) -> None:
+        """`unload_stats` finds, behind vLLM's own encoding, what `make_stats` put in."""
+        stats = SchedulerStats(num_kv_fetch_reqs_by_stage={"in_progress": 2, BLOCKS_PINNED: 3})
+        sent = MsgpackEncoder().encode(EngineCoreOutputs(scheduler_stats=stats))
+        received = MsgpackDecoder(EngineCoreOutputs).decode(sent).scheduler_stats
+        assert compat.unload_stats(received) == {BLOCKS_PINNED: 3}
+        assert received.num_kv_fetch_reqs_by_stage == {"in_progress": 2}
+        assert compat.unload_stats(received) == {}
+
+    def test_a_stat_logger_of_the_entry_point_group_overrides_disable_log_stats(self) -> None:
+        """Why that group isn't used. Should this fail, it may serve."""
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        source = inspect.getsource(AsyncLLM.__init__)
+        assert "custom_stat_loggers.extend(load_stat_logger_plugin_factories())" in source
+        assert "self.log_stats = log_stats or has_custom_loggers" in source
 
     def test_selector_config_is_what_a_backend_validates(self) -> None:
         """The wrapper hands its fields to `validate_configuration` by name."""

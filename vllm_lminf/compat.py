@@ -1,6 +1,6 @@
 """Every difference between vLLM versions, and every place where vLLM offers no registry.
 
-Registries are used where they exist. Two functions of vLLM are wrapped, because nothing else
+Registries are used where they exist. Four functions of vLLM are wrapped, because nothing else
 serves; each wrapper below says why, is installed once however often it is asked for, does nothing
 unless LMINF is selected, and is taken off again by `uninstall`.
 """
@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import vllm.envs
 from packaging.version import InvalidVersion, Version
@@ -70,6 +71,8 @@ def install(prepare: Callable[[EngineArgs], Finish | None]) -> None:
     _register_kv_cache()
     _wrap_engine_args(prepare)
     _wrap_cpu_platform()
+    _wrap_scheduler()
+    _wrap_stat_loggers()
 
 
 def uninstall() -> None:
@@ -164,6 +167,66 @@ def _wrap_cpu_platform() -> None:
         return classmethod(get_attn_backend_cls)
 
     _wrap(CpuPlatform, "get_attn_backend_cls", make)
+
+
+def _wrap_scheduler() -> None:
+    """`Scheduler.make_stats`: the statistics of a step are the one thing that travels from the
+    engine's process to the API server's at every step, whatever the number of either; they have
+    no place for a plugin's numbers, and the scheduler's class is the user's to choose.
+
+    The numbers travel in a field that maps names to counts, under names that no reader of vLLM
+    knows; `unload_stats` takes them out before vLLM's own loggers see them.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from vllm_lminf.metrics import Meter
+
+    meters: WeakKeyDictionary[Scheduler, Meter] = WeakKeyDictionary()
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def make_stats(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+            stats = original(self, *args, **kwargs)
+            if stats is not None:
+                if self not in meters:
+                    managers = self.kv_cache_manager.coordinator.single_type_managers
+                    meters[self] = Meter(managers)
+                stats.num_kv_fetch_reqs_by_stage.update(meters[self].read(self.requests))
+            return stats
+
+        return make_stats
+
+    _wrap(Scheduler, "make_stats", make)
+
+
+def unload_stats(stats: Any) -> dict[str, int]:
+    """Takes the numbers out of a step's `SchedulerStats`; empty where it carries none."""
+    from vllm_lminf.metrics import NAMES
+
+    carrier = stats.num_kv_fetch_reqs_by_stage
+    return {name: carrier.pop(name) for name in NAMES if name in carrier}
+
+
+def _wrap_stat_loggers() -> None:
+    """`StatLoggerManager.__init__`: a class in the entry point group vllm.stat_logger_plugins is
+    loaded into every server of the environment, LMINF selected or not, and turns the statistics
+    on that --disable-log-stats turned off; offline engines never load it."""
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    from vllm_lminf.metrics import LambdaStatLogger
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def init(
+            self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any
+        ) -> None:
+            original(self, vllm_config, *args, **kwargs)
+            if vllm_config.attention_config.backend is backend_member():
+                self.stat_loggers.insert(0, LambdaStatLogger(vllm_config, self.engine_indexes))
+
+        return init
+
+    _wrap(StatLoggerManager, "__init__", make)
 
 
 def _wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:

@@ -30,6 +30,7 @@ class LambdaManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.pattern = kv_cache_spec.pattern
         self.num_pinned_blocks = self.pattern.num_pinned_blocks(self.block_size)
+        self._num_freed_blocks = 0
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Tokens behind the window of the next query, global ones included."""
@@ -44,7 +45,15 @@ class LambdaManager(SingleTypeKVCacheManager):
     ) -> None:
         """Frees what left the window, pinned blocks excepted; freed entries become null blocks."""
         freed = self._freed_blocks(processed_computed_tokens)
+        free_before = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, freed.start, freed.stop)
+        self._num_freed_blocks += self.block_pool.get_num_free_blocks() - free_before
+
+    def take_num_freed_blocks(self) -> int:
+        """Blocks that went back to the pool because a window moved past them, since the last
+        call; a block that another request still holds did not."""
+        taken, self._num_freed_blocks = self._num_freed_blocks, 0
+        return taken
 
     def get_num_blocks_to_allocate(
         self,

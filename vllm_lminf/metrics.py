@@ -1,0 +1,148 @@
+"""What operators ask of a running server: blocks pinned, blocks given back, tokens out of sight.
+
+The numbers are read in the engine's process, travel with vLLM's own statistics of a step (`compat`
+says how), and are shown by the process that answers ``/metrics``, beside vLLM's own.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import Counter, Gauge
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
+from vllm.v1.request import Request
+
+from vllm_lminf import compat
+from vllm_lminf.kv_cache.manager import LambdaManager
+from vllm_lminf.startup import pattern_of
+
+BLOCKS_PINNED = "lminf_kv_blocks_pinned"
+BLOCKS_FREED = "lminf_kv_blocks_freed"
+TOKENS_OUTSIDE = "lminf_tokens_outside_window"
+NAMES = (BLOCKS_PINNED, BLOCKS_FREED, TOKENS_OUTSIDE)
+
+
+INTERVAL_S = 0.1
+"""Least time between two readings of an engine that is busy."""
+
+
+class Meter:
+    """Reads the numbers of one engine, in the engine's process.
+
+    A reading takes time in proportion to the requests that run, and nobody looks after every step:
+    it is taken `INTERVAL_S` after the last one, or as soon as no request holds a block any more.
+    """
+
+    def __init__(self, managers: Iterable[object]) -> None:
+        """
+        Args:
+            managers: those of all the engine's KV cache groups; others than the Λ's are left out.
+        """
+        self._managers = [m for m in managers if isinstance(m, LambdaManager)]
+        patterns = [m.pattern for m in self._managers]
+        # Layers with a window of their own have a Λ of their own; a token is out of sight once
+        # none of them sees it.
+        n_global = max((p.n_global for p in patterns), default=0)
+        n_local = max((p.n_local for p in patterns), default=0)
+        self._num_seen = n_global + n_local - 1
+        self._last_reading = -INTERVAL_S
+
+    def read(self, requests: Mapping[str, Request]) -> dict[str, int]:
+        """The state at the end of a step; empty where it isn't time for a reading.
+
+        Example: n_global 2, n_local 4, one request with 10 tokens computed. The next query, at 10,
+        sees 0 and 1, and 7, 8, 9: five of the ten tokens are outside.
+
+        Args:
+            requests: the scheduler's requests by their id.
+
+        Returns:
+            Blocks pinned now, each once however many requests share it; blocks that left a window
+            and went back to the pool since the last reading; and tokens, summed over the requests
+            that hold blocks, that no later query sees.
+        """
+        now = time.monotonic()
+        is_early = now < self._last_reading + INTERVAL_S
+        if not self._managers or (is_early and any(m.req_to_blocks for m in self._managers)):
+            return {}
+        self._last_reading = now
+        pinned = 0
+        freed = 0
+        for manager in self._managers:
+            num_pinned = manager.num_pinned_blocks
+            lists = manager.req_to_blocks.values()
+            pinned += len({block.block_id for blocks in lists for block in blocks[:num_pinned]})
+            freed += manager.take_num_freed_blocks()
+        outside = 0
+        for request_id in self._managers[0].req_to_blocks:  # every group has the same requests
+            request = requests.get(request_id)
+            if request is not None:
+                outside += max(0, request.num_computed_tokens - self._num_seen)
+        return {BLOCKS_PINNED: pinned, BLOCKS_FREED: freed, TOKENS_OUTSIDE: outside}
+
+
+class LambdaStatLogger(AggregateStatLoggerBase):
+    """Shows the numbers of every engine that this process fronts, labelled as vLLM's own are.
+
+    With several API servers each step's statistics reach one of them: gauges are those of the
+    server that heard last, counters add up, and so each adds what is new and no more.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
+        labels = ["model_name", "engine"]
+        model = vllm_config.model_config.served_model_name
+        pinned = Gauge(
+            f"vllm:{BLOCKS_PINNED}",
+            "KV cache blocks held for the global tokens of LM-Infinite (n_global), for as long as "
+            "their requests run; a block that several requests share counts once.",
+            labels,
+            multiprocess_mode="mostrecent",
+        )
+        freed = Counter(
+            f"vllm:{BLOCKS_FREED}",
+            "KV cache blocks given back to the pool because a window (LM-Infinite's n_local, or a "
+            "layer's own) moved past them while their request ran.",
+            labels,
+        )
+        outside = Gauge(
+            f"vllm:{TOKENS_OUTSIDE}",
+            "Tokens, of requests that hold KV cache blocks, that no later query sees in any layer: "
+            "behind the window of LM-Infinite and not global.",
+            labels,
+            multiprocess_mode="mostrecent",
+        )
+        # As vLLM does for its own: prometheus_client has no Info for several processes.
+        pattern = pattern_of(vllm_config)
+        settings = {
+            "n_global": pattern.n_global,
+            "n_local": pattern.n_local,
+            "distance_limit": pattern.distance_limit,
+        }
+        info = Gauge(
+            "vllm:lminf_config_info",
+            "Settings of LM-Infinite, as labels: every token sees the first n_global tokens and "
+            "the last n_local, and no distance counts as more than distance_limit.",
+            [*labels, *settings],
+            multiprocess_mode="mostrecent",
+        )
+        for index in engine_indexes:
+            info.labels(model, str(index), *settings.values()).set(1)
+        self._pinned = {index: pinned.labels(model, str(index)) for index in engine_indexes}
+        self._freed = {index: freed.labels(model, str(index)) for index in engine_indexes}
+        self._outside = {index: outside.labels(model, str(index)) for index in engine_indexes}
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: IterationStats | None,
+        mm_cache_stats: MultiModalCacheStats | None = None,
+        engine_idx: int = 0,
+    ) -> None:
+        if scheduler_stats and (numbers := compat.unload_stats(scheduler_stats)):
+            self._pinned[engine_idx].set(numbers[BLOCKS_PINNED])
+            self._freed[engine_idx].inc(numbers[BLOCKS_FREED])
+            self._outside[engine_idx].set(numbers[TOKENS_OUTSIDE])
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say: `LambdaMetadataBuilder` logs the settings in each worker."""
