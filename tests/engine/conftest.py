@@ -17,52 +17,64 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 Engine = Callable[..., AbstractContextManager[LLM]]
 
 
+@contextlib.contextmanager
+def start_engine(
+    model: Path,
+    *,
+    n_global: int | None = None,
+    n_local: int | None = None,
+    distance_limit: int | None = None,
+    backend: str | None = "LMINF",
+    **arguments: Any,
+) -> Iterator[LLM]:
+    """An engine in this process; see `engine`."""
+    given = {"n_global": n_global, "n_local": n_local, "distance_limit": distance_limit}
+    settings = {name: value for name, value in given.items() if value is not None}
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 1 << 28,
+    }
+    # An engine in this process leaves variables of its own behind, one that fails to start too.
+    environment = dict(os.environ)
+    try:
+        llm = LLM(
+            str(model),
+            attention_backend=backend,
+            additional_config={"lminf": settings} if settings else {},
+            **(defaults | arguments),
+        )
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.delenv("VLLM_ATTENTION_BACKEND", raising=False)
+    return start_engine
+
+
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     """``with engine(path, n_local=.., **arguments of LLM) as llm``: LMINF in float32, eager."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.delenv("VLLM_ATTENTION_BACKEND", raising=False)
+    return _in_this_process(monkeypatch)
 
-    @contextlib.contextmanager
-    def start(
-        model: Path,
-        *,
-        n_global: int | None = None,
-        n_local: int | None = None,
-        distance_limit: int | None = None,
-        backend: str | None = "LMINF",
-        **arguments: Any,
-    ) -> Iterator[LLM]:
-        given = {"n_global": n_global, "n_local": n_local, "distance_limit": distance_limit}
-        settings = {name: value for name, value in given.items() if value is not None}
-        defaults: dict[str, Any] = {
-            "dtype": "float32",
-            "enforce_eager": True,
-            "skip_tokenizer_init": True,
-            "max_num_seqs": 8,
-            "kv_cache_memory_bytes": 1 << 28,
-        }
-        # An engine in this process leaves variables of its own behind, one that fails to start too.
-        environment = dict(os.environ)
-        try:
-            llm = LLM(
-                str(model),
-                attention_backend=backend,
-                additional_config={"lminf": settings} if settings else {},
-                **(defaults | arguments),
-            )
-            try:
-                yield llm
-            finally:
-                llm.llm_engine.engine_core.shutdown()
-                del llm
-                gc.collect()
-                cleanup_dist_env_and_memory()
-        finally:
-            os.environ.clear()
-            os.environ.update(environment)
 
-    return start
+@pytest.fixture(scope="class")
+def class_engine() -> Iterator[Engine]:
+    """The same, for an engine that the tests of a class share."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield _in_this_process(monkeypatch)
 
 
 def kv_cache_manager(llm: LLM) -> KVCacheManager:

@@ -1,16 +1,17 @@
 """Blocks under a real engine: the bound, the pool afterwards, and nothing read once it is freed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from vllm import LLM, SamplingParams
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from tests.engine.conftest import Engine, block_pool, kv_cache_manager
 from tests.engine.oracle_model import save_tiny_llama
+from tests.engine.poison import poisoned
 from tests.engine.test_exactness import engine_logprobs, random_prompts
+from tests.engine.traffic import block_manager
 from vllm_lminf.pattern import LambdaPattern, cdiv
 
 pytestmark = pytest.mark.engine
@@ -80,49 +81,48 @@ def test_prompt_of_four_pools(
         assert pool.get_num_free_blocks() == whole
 
 
-def poison_freed_blocks(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Fills every block with NaN: all of them now, and each again at the moment it is freed."""
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    caches = runner.kv_caches
-    for cache in caches:
-        cache.fill_(torch.nan)
-    pool = block_pool(llm)
-    freed_ids: list[int] = []
-    original = pool.free_blocks
+class TestPoison:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def llm(cls, class_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+        model = save_tiny_llama(tmp_path_factory.mktemp("model"), 4, 2, 64, trained_length=1024)
+        with class_engine(
+            model,
+            n_global=10,
+            n_local=200,
+            block_size=16,
+            max_num_batched_tokens=96,
+            max_model_len=10_000,
+            enable_prefix_caching=False,
+        ) as llm:
+            yield llm
 
-    def free_blocks(ordered_blocks: Iterable[KVCacheBlock]) -> None:
-        blocks = list(ordered_blocks)
-        original(blocks)
-        for block in blocks:
-            if block.ref_cnt == 0:
-                freed_ids.append(block.block_id)
-                for cache in caches:
-                    cache[block.block_id].fill_(torch.nan)
-
-    monkeypatch.setattr(pool, "free_blocks", free_blocks)
-    return freed_ids
-
-
-def test_poisoned_blocks_change_no_bit(
-    engine: Engine, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with engine(
-        tiny_model,
-        n_global=10,
-        n_local=200,
-        block_size=16,
-        max_num_batched_tokens=96,
-        max_model_len=10_000,
-        enable_prefix_caching=False,
-    ) as llm:
+    def test_changes_no_bit(self, llm: LLM) -> None:
         prompts = random_prompts([1, 199, 200, 201, 1500])
         clean = engine_logprobs(llm, prompts, 40)
-        freed = poison_freed_blocks(llm, monkeypatch)
-        poisoned = engine_logprobs(llm, prompts, 40)
-        assert len(freed) > 100
-    for (tokens, logprobs), (tokens_poisoned, logprobs_poisoned) in zip(
-        clean, poisoned, strict=True
-    ):
-        assert tokens == tokens_poisoned
-        assert torch.equal(logprobs, logprobs_poisoned)
-        assert torch.isfinite(logprobs).all()
+        with poisoned(llm) as poison:
+            again = engine_logprobs(llm, prompts, 40)
+        assert poison.num_filled > 100
+        for (tokens, logprobs), (tokens_again, logprobs_again) in zip(clean, again, strict=True):
+            assert tokens == tokens_again
+            assert torch.equal(logprobs, logprobs_again)
+            assert torch.isfinite(logprobs).all()
+
+    def test_shows_a_block_freed_too_early(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A manager whose window is one token short. Without poison nobody would see it here: a
+        freed block keeps its contents until it is reused."""
+        prompts = random_prompts([400])
+        ((_, right),) = engine_logprobs(llm, prompts, 40)
+        monkeypatch.setattr(block_manager(llm), "pattern", LambdaPattern(10, 199, 199))
+        ((_, lucky),) = engine_logprobs(llm, prompts, 40)
+        assert torch.equal(lucky, right)
+        with poisoned(llm):
+            ((_, spoilt),) = engine_logprobs(llm, prompts, 40)
+        assert spoilt.isnan().any()
+
+    def test_shows_a_write_to_a_free_block(self, llm: LLM) -> None:
+        with (
+            pytest.raises(AssertionError, match="written while nobody held it"),
+            poisoned(llm) as p,
+        ):
+            p.caches[0][7, 0, 3, 5] = 1.0
