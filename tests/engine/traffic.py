@@ -178,8 +178,11 @@ class CacheView:
     def needed(self, length: int) -> list[int]:
         """The blocks with a token before ``length`` that the query at ``length`` sees; no later
         query sees another of them."""
-        seen = (j for j in range(length) if self._pattern.visible(length, j))
-        return sorted({j // self._block_size for j in seen})
+        blocks = range(length // self._block_size)
+        return [b for b in blocks if any(self._pattern.visible(length, j) for j in self._in(b))]
+
+    def _in(self, block: int) -> range:
+        return range(block * self._block_size, (block + 1) * self._block_size)
 
     def longest_hit(self) -> int:
         """By trying every length, one token being left to compute."""
