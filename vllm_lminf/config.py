@@ -17,11 +17,16 @@ VARIABLE_PREFIX = "VLLM_LMINF_"
 
 DEFAULT_N_GLOBAL = 10
 
-_NAMES = ("n_global", "n_local", "distance_limit")
+KERNELS = ("auto", "cpu", "torch")
+"""``cpu``: compiled, for CPUs. ``torch``: plain PyTorch, anywhere. ``auto``: the first that
+serves."""
+
+_NAMES = ("n_global", "n_local", "distance_limit", "kernel")
 _ALLOWED = {
     "n_global": "a whole number of tokens, 0 or more",
     "n_local": "a whole number of tokens, 1 or more",
     "distance_limit": "a whole number of tokens, n_local or more",
+    "kernel": "one of " + ", ".join(KERNELS),
 }
 _MINIMUM = {"n_global": 0, "n_local": 1, "distance_limit": 1}
 
@@ -37,7 +42,7 @@ class SettingsError(ValueError):
             f"{BACKEND_NAME} can't start with these settings:\n{lines}\n"
             f'  Set them with --additional-config \'{{"{SECTION}": {{"n_global": 10, '
             f'"n_local": 4096}}}}\' or with {VARIABLE_PREFIX}N_GLOBAL, {VARIABLE_PREFIX}N_LOCAL, '
-            f"{VARIABLE_PREFIX}DISTANCE_LIMIT:\n{allowed}"
+            f"{VARIABLE_PREFIX}DISTANCE_LIMIT, {VARIABLE_PREFIX}KERNEL:\n{allowed}"
         )
 
 
@@ -48,6 +53,7 @@ class Settings:
     n_global: int = DEFAULT_N_GLOBAL
     n_local: int | None = None
     distance_limit: int | None = None
+    kernel: str = "auto"
 
     @classmethod
     def read(cls, additional_config: object, environ: Mapping[str, str]) -> "Settings":
@@ -62,7 +68,7 @@ class Settings:
         """
         problems: list[str] = []
         section = _section(additional_config, problems)
-        values: dict[str, int] = {}
+        values: dict[str, Any] = {}
         for name in _NAMES:
             variable = VARIABLE_PREFIX + name.upper()
             if name in section:
@@ -138,8 +144,12 @@ def _parse(text: str) -> int | str:
         return text
 
 
-def _check(source: str, name: str, value: object, problems: list[str]) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < _MINIMUM[name]:
+def _check(source: str, name: str, value: object, problems: list[str]) -> int | str | None:
+    if name == "kernel":
+        allowed = value in KERNELS
+    else:
+        allowed = type(value) is int and value >= _MINIMUM[name]
+    if not allowed:
         problems.append(f"{source} is {value!r}: it must be {_ALLOWED[name]}")
         return None
-    return value
+    return value  # type: ignore[return-value]

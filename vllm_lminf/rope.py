@@ -42,13 +42,13 @@ class RotarySpec:
 class RotationTables(torch.nn.Module):
     """Cosines and sines of ``position * inv_freq`` for any position in [0, 2**31).
 
-    The phase error stays below 1e-6 rad at every position. The forward is one operator made of
-    gathers and products alone: it traces under ``torch.compile`` and is legal in a CUDA graph.
+    The phase error stays below 1e-6 rad at every position. The forward is made of gathers and
+    products alone: it traces under ``torch.compile`` and is legal in a CUDA graph.
     """
 
     tables: torch.Tensor
-    """float32 of shape [2, rows, rotary_dim / 2]: cosines, then sines, the three digits' rows one
-    after the other."""
+    """float32 of shape [rows, rotary_dim / 2, 2]: unit vectors (cosine, sine), the three digits'
+    rows one after the other."""
 
     def __init__(self, inv_freq: torch.Tensor, device: torch.device | None = None) -> None:
         super().__init__()
@@ -61,8 +61,9 @@ class RotationTables(torch.nn.Module):
             ]
         )
         angles = digits.to(torch.float64)[:, None] * inv_freq
-        tables = torch.stack((angles.cos(), angles.sin())).to(device or "cpu", torch.float32)
+        tables = torch.stack((angles.cos(), angles.sin()), -1).to(device or "cpu", torch.float32)
         self.register_buffer("tables", tables, persistent=False)
+        self._leading: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines at ``positions``.
@@ -71,40 +72,43 @@ class RotationTables(torch.nn.Module):
             positions: integers of shape [num_tokens], each in [0, 2**31).
 
         Returns:
-            Two float32 tensors of shape [num_tokens, rotary_dim / 2].
+            Two float32 tensors of shape [num_tokens, rotary_dim / 2], views of one.
         """
-        cos, sin = torch.ops.lminf.rotary_angles(positions, self.tables)
-        return cos, sin
+        tracing = torch.compiler.is_compiling()
+        look_up = torch.ops.lminf.rotary_angles if tracing else _look_up_angles
+        angles = look_up(positions, self.tables)
+        return angles[0], angles[1]
+
+    def leading(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same at the positions 0 to ``count - 1``, computed once."""
+        if count not in self._leading:
+            self._leading[count] = self(torch.arange(count, device=self.tables.device))
+        return self._leading[count]
+
+
+def _look_up_angles(positions: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines, [2, num_tokens, rotary_dim / 2]; see `RotationTables`.
+
+    A product of unit vectors, read as complex numbers, adds their angles.
+    """
+    vectors, mask = torch.view_as_complex(tables), 2**_LOW_BITS - 1
+    low = vectors[positions & mask]
+    middle = vectors[((positions >> _LOW_BITS) & mask) + 2**_LOW_BITS]
+    high = vectors[(positions >> (2 * _LOW_BITS)) + 2 * 2**_LOW_BITS]
+    return torch.view_as_real(low * middle * high).permute(2, 0, 1).contiguous()
 
 
 @torch.library.custom_op("lminf::rotary_angles", mutates_args=())
-def _rotary_angles(
-    positions: torch.Tensor, tables: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Looks three digits up and adds their angles; see `RotationTables`.
-
-    An operator of its own, so that a compiler computes it once for all layers instead of copying
-    it into the kernels of every layer, which multiplies its compile time.
-    """
-    mask = 2**_LOW_BITS - 1
-    low = tables[:, positions & mask]
-    middle = tables[:, ((positions >> _LOW_BITS) & mask) + 2**_LOW_BITS]
-    high = tables[:, (positions >> (2 * _LOW_BITS)) + 2 * 2**_LOW_BITS]
-    cos, sin = _add_angles(low[0], low[1], middle[0], middle[1])
-    return _add_angles(cos, sin, high[0], high[1])
+def _rotary_angles(positions: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """`_look_up_angles` for compiled models: an operator of its own, so that a compiler computes it
+    once for all layers instead of copying it into the kernels of every layer, which multiplies its
+    compile time."""
+    return _look_up_angles(positions, tables)
 
 
 @_rotary_angles.register_fake
-def _(positions: torch.Tensor, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (positions.shape[0], tables.shape[2])
-    return tables.new_empty(shape), tables.new_empty(shape)
-
-
-def _add_angles(
-    cos_a: torch.Tensor, sin_a: torch.Tensor, cos_b: torch.Tensor, sin_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of ``a + b``."""
-    return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
+def _(positions: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    return tables.new_empty((2, positions.shape[0], tables.shape[1]))
 
 
 def rotate(

@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
-from vllm_lminf import compat
+from vllm_lminf import compat, speculation
 from vllm_lminf.config import (
     BACKEND_NAME,
     BACKEND_VARIABLE,
@@ -82,11 +82,24 @@ def _select(args: "EngineArgs") -> bool:
 def pattern_of(config: "VllmConfig") -> LambdaPattern:
     """The Λ of an engine. The same in all its processes: they share arguments and environment."""
     settings = Settings.read(config.additional_config, os.environ)
-    return settings.pattern(compat.trained_length(config.model_config))
+    return settings.pattern(compat.trained_length(speculation.target_of(config)))
+
+
+def kernel_of(config: "VllmConfig") -> str:
+    """The kernel that the user asked for: one of `vllm_lminf.config.KERNELS`."""
+    return Settings.read(config.additional_config, os.environ).kernel
+
+
+def pattern_being_built(config: "VllmConfig") -> LambdaPattern:
+    """The Λ of the model that is built under this configuration: the engine's, or a draft's."""
+    model = config.model_config
+    if not speculation.is_draft(model):
+        return pattern_of(config)
+    return speculation.draft_pattern(pattern_of(config), compat.trained_length(model))
 
 
 def check(config: "VllmConfig") -> None:
-    """Refuses what an engine's configuration asks for and LMINF doesn't do.
+    """Refuses what an engine's configuration asks for and LMINF doesn't do, and completes it.
 
     Raises:
         SettingsError: the settings make no Λ with this model.
@@ -101,6 +114,7 @@ def check(config: "VllmConfig") -> None:
         reasons += error.problems
     if reasons:
         raise UnsupportedError(reasons)
+    speculation.join(config)
 
 
 def _model_reasons(model: "ModelConfig") -> list[str]:
@@ -109,10 +123,17 @@ def _model_reasons(model: "ModelConfig") -> list[str]:
         reasons.append(f"runner {model.runner_type!r}: only text generation is served")
     if model.is_encoder_decoder:
         reasons.append("an encoder-decoder model: LM-Infinite is defined for decoders")
+    layers = f"layers 0 to {model.get_total_num_hidden_layers() - 1}"
     if model.use_mla:
-        reasons.append("multi-head latent attention (MLA): its cache holds no keys to turn back")
+        reasons.append(
+            f"{layers}: multi-head latent attention (MLA): its cache holds no keys to turn back"
+        )
     if model.uses_mrope:
-        reasons.append("M-RoPE: a multimodal position is no single distance")
+        reasons.append(f"{layers}: M-RoPE: a multimodal position is no single distance")
+    if getattr(model.hf_text_config, "dual_chunk_attention_config", None) is not None:
+        reasons.append(
+            f"{layers}: dual chunk attention: it scores distances of its own choice, chunk by chunk"
+        )
     if model.is_attention_free or model.is_hybrid:
         reasons.append("state-space layers (Mamba and the like): they have no window")
     if model.max_model_len > MAX_POSITION:
@@ -128,12 +149,18 @@ def _feature_reasons(config: "VllmConfig") -> list[str]:
     if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
         reasons.append(
             f"--kv-cache-dtype {cache_dtype}: the keys are turned in the cache's precision, and "
-            "no quantised cache is served"
+            "no quantised cache is served; use auto"
         )
-    if config.speculative_config is not None:
-        reasons.append("speculative decoding: not served yet")
+    reasons += speculation.reasons_against(config)
     if config.kv_transfer_config is not None:
-        reasons.append("a KV connector: it moves blocks by position, and a Λ has gaps between them")
+        reasons.append(
+            f"a KV connector ({config.kv_transfer_config.kv_connector}, from --kv-transfer-config "
+            "or --kv-offloading-size): it moves blocks by position, and a Λ has gaps between them"
+        )
+    if config.model_config.enable_sleep_mode:
+        reasons.append(
+            "--enable-sleep-mode: that what LMINF keeps on a device survives it was never tested"
+        )
     parallel = config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         reasons.append("context parallelism: a window isn't sharded over ranks")

@@ -86,8 +86,8 @@ class TestMetadata:
     def test_positions_of_a_mixed_batch(self, config: VllmConfig) -> None:
         metadata = build(config, describe([(7, 1), (0, 3), (10, 2)]))
         assert metadata.positions.tolist() == [7, 0, 1, 2, 10, 11]
-        assert metadata.query_start_loc == [0, 1, 4, 6]
-        assert metadata.seq_lens == [8, 3, 12]
+        assert metadata.query_start_loc.tolist() == [0, 1, 4, 6]
+        assert metadata.seq_lens.tolist() == [8, 3, 12]
         assert metadata.num_actual_tokens == 6
 
     def test_padding_is_left_out(self, config: VllmConfig) -> None:
@@ -161,7 +161,7 @@ class TestLayer:
             batch = describe([(start, end - start)], padding=2)
             metadata = build(config, batch)
             positions = torch.arange(start, end)
-            turned = parent.rotary_emb(positions, query[start:end], key[start:end])
+            turned = parent.rotary_emb(positions, *(x[start:end].clone() for x in (query, key)))
             slots = batch.block_table_tensor[0, positions // 16].long() * 16 + positions % 16
             impl.do_kv_cache_update(layer, turned[1], value[start:end], cache, slots)
             rows = torch.cat((turned[0], torch.full((2, 4, 64), torch.nan)))

@@ -72,7 +72,7 @@ class LambdaAttentionBackend(AttentionBackend):
         else:
             raise UnsupportedError([f"a KV cache of kind {spec}: not served"])
         engine = LambdaAttentionImpl.built_last.engine
-        return LambdaSpec.of(spec, cache_pattern(engine, own_window))
+        return LambdaSpec.of(spec, cache_pattern(engine, own_window), engine.num_lookahead_tokens)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

@@ -7,17 +7,13 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_lminf.attention import hugging_face
-from vllm_lminf.attention.hugging_face import ExactPositionEmbeddings
-from vllm_lminf.attention.metadata import LambdaMetadata
+from vllm_lminf.attention.kernel import LayerKernel, compile_layer
+from vllm_lminf.attention.metadata import LambdaMetadata, Rotary
 from vllm_lminf.attention.patterns import layer_pattern
-from vllm_lminf.attention.rotary import (
-    ExactRotaryEmbedding,
-    make_exact,
-    parents,
-    refuse_rotary,
-)
-from vllm_lminf.kernels.paged import FarRotations, ScoreRules, lambda_attention, write_cache
-from vllm_lminf.startup import UnsupportedError, pattern_of
+from vllm_lminf.attention.rotary import make_exact, parents, refuse_rotary
+from vllm_lminf.attention.rotary_use import check_use
+from vllm_lminf.kernels.paged import ScoreRules
+from vllm_lminf.startup import UnsupportedError, kernel_of, pattern_being_built
 
 
 class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
@@ -61,9 +57,10 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             sinks,
         )
         self.engine = get_current_vllm_config()
-        self.engine_pattern = pattern_of(self.engine)
-        self.pattern = layer_pattern(self.engine_pattern, sliding_window)
-        self.rotary: ExactRotaryEmbedding | ExactPositionEmbeddings | None = None
+        self.model_pattern = pattern_being_built(self.engine)
+        self.pattern = layer_pattern(self.model_pattern, sliding_window)
+        self.rotary: Rotary | None = None
+        self.kernel: LayerKernel | None = None
         LambdaAttentionImpl.built_last = self
         parents.expect(self)
 
@@ -76,12 +73,31 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         parent, layer_name = parents.place_of(self)
         device = next(parent.parameters()).device
         if self.rules.alibi_slopes is not None:
-            refuse_rotary(parent, layer_name)
             self.rules.alibi_slopes = self.rules.alibi_slopes.to(device)
+        compiled = compile_layer(
+            kernel_of(self.engine),
+            device,
+            act_dtype,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_size,
+            self.rules,
+        )
+        if self.rules.alibi_slopes is not None:
+            refuse_rotary(parent, layer_name)
         elif hugging_face.is_hugging_face(parent):
             self.rotary = hugging_face.make_exact(parent, layer_name, device)
         else:
-            self.rotary = make_exact(parent, layer_name, device, self.engine_pattern.distance_limit)
+            self.rotary = make_exact(
+                parent,
+                layer_name,
+                device,
+                self.model_pattern.distance_limit,
+                compiled=compiled is not None,
+            )
+            if self.pattern.n_global > 0:
+                check_use(parent, self.rotary, layer_name, self.head_size)
+        self.kernel = LayerKernel(compiled, self.pattern, self.rules, self.rotary)
 
     def do_kv_cache_update(
         self,
@@ -91,8 +107,8 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Stores this step's keys and values; see `write_cache` for the layout."""
-        write_cache(key, value, kv_cache, slot_mapping)
+        """Stores this step's keys and values; see `LayerKernel`."""
+        self._ready_kernel().write_cache(key, value, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -123,24 +139,11 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             raise UnsupportedError(["fused output quantisation: not served"])
         if attn_metadata is None:
             return output.zero_()
-        if self.rotary is None and self.rules.alibi_slopes is None:
-            raise RuntimeError("the layer ran before its weights were processed")
         n = attn_metadata.num_actual_tokens
-        lambda_attention(
-            query[:n],
-            kv_cache,
-            attn_metadata.block_table,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            self.pattern,
-            rules=self.rules,
-            far=self._far(attn_metadata),
-            output=output[:n],
-        )
+        self._ready_kernel().attend(query[:n], kv_cache, attn_metadata, output[:n])
         return output
 
-    def _far(self, metadata: LambdaMetadata) -> FarRotations | None:
-        """Rotations for the far pairs, which a layer without RoPE or global tokens doesn't have."""
-        if self.rotary is None or self.pattern.n_global == 0:
-            return None
-        return metadata.far(self.rotary, self.pattern)
+    def _ready_kernel(self) -> LayerKernel:
+        if self.kernel is None:
+            raise RuntimeError("the layer ran before its weights were processed")
+        return self.kernel

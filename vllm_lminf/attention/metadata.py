@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -19,12 +18,15 @@ from vllm_lminf.attention.hugging_face import ExactPositionEmbeddings
 from vllm_lminf.attention.patterns import cache_pattern
 from vllm_lminf.attention.rotary import ExactRotaryEmbedding
 from vllm_lminf.config import BACKEND_NAME
+from vllm_lminf.kernels.cpu import CpuBatch
 from vllm_lminf.kernels.paged import FarRotations, far_rotations
 from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.startup import UnsupportedError, pattern_of
 
 logger = init_logger("vllm.lminf")
+
+Rotary = ExactRotaryEmbedding | ExactPositionEmbeddings
 
 
 @dataclass
@@ -33,28 +35,37 @@ class LambdaMetadata(AttentionMetadata):
 
     Attributes:
         num_actual_tokens: rows of the query that belong to a request; the rest is padding.
-        query_start_loc: num_requests + 1 offsets of the requests' rows.
-        seq_lens: every request's tokens in the cache, this step's included.
-        block_table: integers [num_requests, max_blocks].
+        query_start_loc: offsets of the requests' rows; int32 [num_requests + 1], on the CPU.
+        seq_lens: every request's tokens in the cache, this step's included; int32 [num_requests],
+            on the CPU.
+        block_table: int32 [num_requests, max_blocks].
         positions: int64 [num_actual_tokens].
     """
 
     num_actual_tokens: int
-    query_start_loc: list[int]
-    seq_lens: list[int]
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
     block_table: torch.Tensor
     positions: torch.Tensor
-    _far: dict[nn.Module, FarRotations] = field(default_factory=dict)
+    _far: dict[tuple[Rotary, LambdaPattern], FarRotations] = field(default_factory=dict)
+    _cpu: dict[tuple[Rotary | None, LambdaPattern], CpuBatch] = field(default_factory=dict)
 
-    def far(
-        self, rotary: ExactRotaryEmbedding | ExactPositionEmbeddings, pattern: LambdaPattern
-    ) -> FarRotations:
+    def far(self, rotary: Rotary, pattern: LambdaPattern) -> FarRotations:
         """The far rotations of this batch, computed by the first layer that asks for them."""
-        if rotary not in self._far:
-            self._far[rotary] = far_rotations(
+        if (rotary, pattern) not in self._far:
+            self._far[rotary, pattern] = far_rotations(
                 rotary.tables, rotary.spec.is_neox_style, self.positions, pattern
             )
-        return self._far[rotary]
+        return self._far[rotary, pattern]
+
+    def cpu_batch(self, rotary: Rotary | None, pattern: LambdaPattern) -> CpuBatch:
+        """This batch as the compiled kernels want it, put together by the first layer that asks."""
+        if (rotary, pattern) not in self._cpu:
+            far = None if rotary is None else self.far(rotary, pattern)
+            self._cpu[rotary, pattern] = CpuBatch(
+                self.query_start_loc, self.seq_lens, self.block_table, pattern, far
+            )
+        return self._cpu[rotary, pattern]
 
 
 class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
@@ -98,8 +109,8 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
         positions = (seq_lens - query_lens).repeat_interleave(query_lens) + offset_in_request
         return LambdaMetadata(
             num_actual_tokens=int(query_start_loc[-1]),
-            query_start_loc=query_start_loc.tolist(),
-            seq_lens=seq_lens.tolist(),
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
             block_table=common.block_table_tensor,
             positions=positions.to(self.device, torch.int64),
         )

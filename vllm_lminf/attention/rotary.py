@@ -1,7 +1,8 @@
 """The model's rotary modules: read, checked against their own tables, and made exact anywhere."""
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from vllm.model_executor.layers.rotary_embedding import (
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
+from vllm_lminf.kernels.cpu import CpuRotation
 from vllm_lminf.rope import RotarySpec, RotationTables, rotate
 from vllm_lminf.startup import UnsupportedError
 
@@ -29,17 +31,29 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.lminf")
 
+T = TypeVar("T")
+
 
 class ExactRotaryEmbedding(nn.Module):
     """Takes the place of a model's rotary module: same rotation, exact at any position.
 
     It is called as vLLM's is, and holds no table that grows with max_model_len.
+
+    Args:
+        spec: the rotation.
+        head_size: dimensions of a head.
+        device: where the model is.
+        compiled: whether the compiled kernel for CPUs does it, where no compiler of torch's is at
+            work; vLLM's own operator otherwise.
     """
 
-    def __init__(self, spec: RotarySpec, head_size: int, device: torch.device) -> None:
+    def __init__(
+        self, spec: RotarySpec, head_size: int, device: torch.device, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.head_size = head_size
+        self.compiled = compiled
         self.tables = RotationTables(spec.inv_freq, device)
         self._step_key = f"lminf rotary {id(self)}"
 
@@ -54,27 +68,42 @@ class ExactRotaryEmbedding(nn.Module):
             key: the same for the key heads, or None.
 
         Returns:
-            New tensors of the same shapes and dtypes.
+            The rotated queries and keys: new tensors or, as with vLLM's own rotary modules, the
+            given ones, written in place.
         """
         positions = positions.flatten()
-        turn = self._turn_traced if torch.compiler.is_compiling() else self._turn_by_operator
-        angles = self._cos_sin(positions)
-        return turn(query, angles), None if key is None else turn(key, angles)
+        if torch.compiler.is_compiling():
+            cos_sin = self._compute_cos_sin(positions)
+            turned = self._turn_traced(query, cos_sin)
+            return turned, None if key is None else self._turn_traced(key, cos_sin)
+        if not self.compiled:
+            cos_sin = self._of_step(positions, self._compute_cos_sin)
+            turned = self._turn_by_operator(query, cos_sin)
+            return turned, None if key is None else self._turn_by_operator(key, cos_sin)
+        rotation = self._of_step(positions, self._compute_rotation)
+        rotation.turn(query)
+        if key is not None:
+            rotation.turn(key)
+        return query, key
 
-    def _cos_sin(self, positions: torch.Tensor) -> torch.Tensor:
-        """Cosines, then sines; float32 [num_tokens, rotary_dim].
+    def _of_step(self, positions: torch.Tensor, compute: Callable[[torch.Tensor], T]) -> T:
+        """What follows from the positions alone: all layers of a step ask for the same.
 
-        All layers of a step ask for the same ones. A compiler sees that by itself; otherwise the
-        first layer leaves them in vLLM's forward context, which lives as long as the step.
+        The first one leaves it in vLLM's forward context, which lives as long as the step. (A
+        compiler sees by itself what is the same.)
         """
-        if torch.compiler.is_compiling() or not is_forward_context_available():
-            return self._compute_cos_sin(positions)
+        if not is_forward_context_available():
+            return compute(positions)
         step = get_forward_context().additional_kwargs
         known = step.get(self._step_key)
         if known is None or known[0] is not positions:
-            known = step[self._step_key] = (positions, self._compute_cos_sin(positions))
-        cos_sin: torch.Tensor = known[1]
-        return cos_sin
+            known = step[self._step_key] = (positions, compute(positions))
+        result: T = known[1]
+        return result
+
+    def _compute_rotation(self, positions: torch.Tensor) -> CpuRotation:
+        cos_sin = self._compute_cos_sin(positions)
+        return CpuRotation(cos_sin, self.head_size, self.spec.is_neox_style)
 
     def _compute_cos_sin(self, positions: torch.Tensor) -> torch.Tensor:
         cos_sin = torch.cat(self.tables(positions), dim=-1)
@@ -169,7 +198,11 @@ def refuse_rotary(parent: nn.Module, layer_name: str) -> None:
 
 
 def make_exact(
-    parent: nn.Module, layer_name: str, device: torch.device, distance_limit: int
+    parent: nn.Module,
+    layer_name: str,
+    device: torch.device,
+    distance_limit: int,
+    compiled: bool = False,
 ) -> ExactRotaryEmbedding:
     """Replaces the rotary module beside an attention layer by an exact one, once.
 
@@ -178,6 +211,7 @@ def make_exact(
         layer_name: the layer's name, for messages.
         device: where the model is.
         distance_limit: the engine's; LongRoPE's factors are chosen by it.
+        compiled: whether the compiled kernel does it, see `ExactRotaryEmbedding`.
 
     Returns:
         The exact module; the same one for every layer that shared the original.
@@ -200,7 +234,7 @@ def make_exact(
     exact = _exact_twins.get(module)
     if exact is None:
         spec = read_spec(module, layer_name, distance_limit)
-        exact = ExactRotaryEmbedding(spec, module.head_size, device)
+        exact = ExactRotaryEmbedding(spec, module.head_size, device, compiled)
         _exact_twins[module] = exact
     setattr(parent, name, exact)
     return exact

@@ -6,15 +6,14 @@ The keys and values of a block are stored in an order of the kernels' own (`nati
 """
 
 import ctypes
-from collections.abc import Sequence
+import functools
+from typing import ClassVar
 
 import torch
 
-from vllm_lminf.kernels.native.build import BuildError, load_library
+from vllm_lminf.kernels.native.build import load_library
 from vllm_lminf.kernels.paged import FarRotations, ScoreRules
 from vllm_lminf.pattern import LambdaPattern, cdiv
-
-__all__ = ["BuildError", "CpuBatch", "CpuLayer", "load", "rotate_in_place", "serves"]
 
 _LANES = 16
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -24,7 +23,7 @@ _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 class _Batch(ctypes.Structure):
     """`LminfBatch` of native/interface.h."""
 
-    _fields_: Sequence[tuple[str, type]] = [
+    _fields_: ClassVar = [
         ("query_start_loc", _POINTER),
         ("seq_lens", _POINTER),
         ("block_table", _POINTER),
@@ -46,7 +45,7 @@ class _Batch(ctypes.Structure):
 class _Layer(ctypes.Structure):
     """`LminfLayer` of native/interface.h."""
 
-    _fields_: Sequence[tuple[str, type]] = [
+    _fields_: ClassVar = [
         ("query", _POINTER),
         ("query_stride", _INT64),
         ("output", _POINTER),
@@ -66,6 +65,7 @@ class _Layer(ctypes.Structure):
     ]
 
 
+@functools.cache
 def load() -> ctypes.CDLL:
     """The compiled kernels, with their signatures.
 
@@ -73,23 +73,22 @@ def load() -> ctypes.CDLL:
         BuildError: they can't be compiled here.
     """
     library = load_library()
-    if library.lminf_attention.argtypes is None:
-        batch, layer = ctypes.POINTER(_Batch), ctypes.POINTER(_Layer)
-        library.lminf_write_cache.argtypes = [
-            *(layer, _POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT64)
-        ]
-        library.lminf_rotate.argtypes = [
-            *(_POINTER, _INT64, _INT64, _INT64, _INT64, _POINTER, _INT64, _INT32, _INT32)
-        ]
-        library.lminf_attention.argtypes = [batch, layer]
-        for function in (library.lminf_write_cache, library.lminf_rotate, library.lminf_attention):
-            function.restype = None
+    batch, layer = ctypes.POINTER(_Batch), ctypes.POINTER(_Layer)
+    for function, arguments in (
+        (library.lminf_attention, (batch, layer)),
+        (library.lminf_write_cache, (layer, *(_POINTER, _INT64) * 2, _POINTER, _INT64)),
+        (
+            library.lminf_rotate,
+            (_POINTER, _INT64, _INT64, _INT32, _INT64, _INT64, _POINTER, _INT64, _INT32),
+        ),
+    ):
+        function.argtypes, function.restype = arguments, None
     return library
 
 
-def serves(dtype: torch.dtype, head_size: int, block_size: int) -> bool:
-    """Whether the kernels can handle a cache of this shape."""
-    return dtype in _DTYPES and head_size % _LANES == 0 and block_size % _LANES == 0
+def serves(dtype: torch.dtype, head_size: int) -> bool:
+    """Whether the kernels can handle heads of this kind."""
+    return dtype in _DTYPES and head_size % _LANES == 0
 
 
 class CpuBatch:
@@ -156,6 +155,10 @@ class CpuLayer:
         head_size: a multiple of 16.
         dtype: of queries, cache and output: float32, float16 or bfloat16.
         rules: how products become scores.
+
+    Raises:
+        ValueError: the kernels don't serve such heads.
+        BuildError: they can't be compiled here.
     """
 
     def __init__(
@@ -166,7 +169,13 @@ class CpuLayer:
         dtype: torch.dtype,
         rules: ScoreRules,
     ) -> None:
+        if not serves(dtype, head_size) or num_heads % num_kv_heads != 0:
+            raise ValueError(
+                f"{num_heads} heads over {num_kv_heads} of {head_size} dimensions in {dtype}: the "
+                "kernels take multiples of 16 in float32, float16 or bfloat16"
+            )
         self._library = load()
+        self._dtype = dtype
         self._struct = _Layer(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -183,6 +192,18 @@ class CpuLayer:
                 self._keep.append(values)
                 setattr(self._struct, name, values.data_ptr())
         self._argument = ctypes.byref(self._struct)
+
+    def serves_cache(self, kv_cache: torch.Tensor) -> bool:
+        """Whether the kernels can handle a cache of this dtype and block size."""
+        return kv_cache.dtype == self._dtype and kv_cache.shape[2] % _LANES == 0
+
+    def _check_rows(self, x: torch.Tensor) -> None:
+        """Rows may lie apart; the heads of a row lie next to each other."""
+        if x.dtype != self._dtype or x.stride()[1:] != (x.shape[2], 1):
+            raise ValueError(
+                f"{x.dtype} with strides {x.stride()}: the kernels were built for {self._dtype} "
+                "with heads next to each other"
+            )
 
     def _point_to_cache(self, kv_cache: torch.Tensor) -> None:
         struct = self._struct
@@ -207,6 +228,8 @@ class CpuLayer:
             slot_mapping: int64 [num_tokens]: ``block * block_size + offset`` of every token, or a
                 negative number for a token that has no slot.
         """
+        self._check_rows(key)
+        self._check_rows(value)
         self._point_to_cache(kv_cache)
         self._library.lminf_write_cache(
             self._argument,
@@ -226,6 +249,8 @@ class CpuLayer:
             batch: the batch.
             output: written in place; of query's shape.
         """
+        self._check_rows(query)
+        self._check_rows(output)
         self._point_to_cache(kv_cache)
         struct = self._struct
         struct.query, struct.query_stride = query.data_ptr(), query.stride(0)
@@ -233,20 +258,36 @@ class CpuLayer:
         self._library.lminf_attention(ctypes.byref(batch.struct), self._argument)
 
 
-def rotate_in_place(
-    x: torch.Tensor, head_size: int, cos_sin: torch.Tensor, is_neox_style: bool
-) -> None:
-    """Turns the leading rotary dimensions of every head, in float32 whatever x's dtype.
+class CpuRotation:
+    """The rotation of one step's queries and keys, the same for all layers that share it.
 
     Args:
-        x: shape [num_tokens, num_heads * head_size], the heads of a token next to each other;
-            float32, float16 or bfloat16; written in place.
-        head_size: dimensions of a head.
-        cos_sin: cosines, then sines; float32 [num_tokens, rotary_dim], contiguous.
+        cos_sin: cosines, then sines; float32 [num_tokens, rotary_dim], contiguous, on the CPU.
+        head_size: dimensions of a head; the leading rotary_dim of them are turned.
         is_neox_style: how pairs are laid out, see `vllm_lminf.rope.RotarySpec`.
+
+    Raises:
+        BuildError: the kernels can't be compiled here.
     """
-    num_tokens, width = x.shape
-    load().lminf_rotate(
-        *(x.data_ptr(), x.stride(0), num_tokens, width // head_size, head_size),
-        *(cos_sin.data_ptr(), cos_sin.shape[1] // 2, is_neox_style, _DTYPES[x.dtype]),
-    )
+
+    def __init__(self, cos_sin: torch.Tensor, head_size: int, is_neox_style: bool) -> None:
+        if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
+            raise ValueError(f"cos_sin is {cos_sin.dtype}: it must be float32, and contiguous")
+        self._keep = cos_sin
+        self._head_size = head_size
+        self._rotate = load().lminf_rotate
+        num_tokens, rotary_dim = cos_sin.shape
+        self._constant = num_tokens, head_size, cos_sin.data_ptr(), rotary_dim // 2, is_neox_style
+
+    def turn(self, x: torch.Tensor) -> None:
+        """Turns the heads of every token in place, in float32 whatever x's dtype.
+
+        Args:
+            x: shape [num_tokens, num_heads * head_size] or [num_tokens, num_heads, head_size],
+                the heads of a token next to each other; float32, float16 or bfloat16.
+        """
+        stride, *inner = x.stride()
+        if inner != [1] and inner != [self._head_size, 1]:
+            raise ValueError(f"strides {x.stride()}: the heads of a token must lie together")
+        num_heads = x.shape[1] if len(inner) == 2 else x.shape[1] // self._head_size
+        self._rotate(x.data_ptr(), stride, num_heads, _DTYPES[x.dtype], *self._constant)

@@ -79,7 +79,7 @@ def far_rotations(
 ) -> FarRotations:
     """The rotations for queries at ``positions`` (integers [num_tokens]) under this Λ."""
     query_cos, query_sin = tables((positions - pattern.distance_limit).clamp(min=0))
-    key_cos, key_sin = tables(torch.arange(pattern.n_global, device=positions.device))
+    key_cos, key_sin = tables.leading(pattern.n_global)
     return FarRotations(query_cos, -query_sin, key_cos, -key_sin, is_neox_style)
 
 

@@ -18,13 +18,15 @@ class LambdaSpec(SlidingWindowSpec):
     Attributes:
         n_global: leading tokens whose blocks stay as long as the request.
         distance_limit: part of what the layer computes; the allocator doesn't use it.
+        num_lookahead_tokens: slots that a draft model fills beyond the tokens in flight.
     """
 
     n_global: int
     distance_limit: int
+    num_lookahead_tokens: int = 0
 
     @classmethod
-    def of(cls, spec: AttentionSpec, pattern: LambdaPattern) -> Self:
+    def of(cls, spec: AttentionSpec, pattern: LambdaPattern, num_lookahead_tokens: int = 0) -> Self:
         """The cache that vLLM planned for a layer, kept by this Λ."""
         return cls(
             block_size=spec.block_size,
@@ -38,6 +40,7 @@ class LambdaSpec(SlidingWindowSpec):
             sliding_window=pattern.n_local,
             n_global=pattern.n_global,
             distance_limit=pattern.distance_limit,
+            num_lookahead_tokens=num_lookahead_tokens,
         )
 
     @property
@@ -55,7 +58,10 @@ class LambdaSpec(SlidingWindowSpec):
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
         return self.pattern.max_blocks_held(
-            self.block_size, max_in_flight_tokens, max_model_len, self.extra_retained_tokens
+            self.block_size,
+            max_in_flight_tokens + self.num_lookahead_tokens,
+            max_model_len,
+            self.extra_retained_tokens,
         )
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:

@@ -40,7 +40,9 @@ def load_library() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"{path} does not load: {error}. Remove it to have it built anew") from error
+        raise BuildError(
+            f"{path} does not load: {error}. Remove it to have it built anew"
+        ) from error
 
 
 def _compiler() -> list[str]:

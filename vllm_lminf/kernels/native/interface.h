@@ -59,7 +59,7 @@ void lminf_write_cache(const LminfLayer* layer, const void* key, int64_t key_str
 
 // Turns the leading 2 * rotary_half dimensions of every head in place.
 // cos_sin: [num_tokens, 2 * rotary_half], cosines then sines.
-void lminf_rotate(void* heads, int64_t stride, int64_t num_tokens, int64_t num_heads,
-                  int64_t head_size, const float* cos_sin, int64_t rotary_half,
-                  int32_t is_neox_style, int32_t dtype);
+void lminf_rotate(void* heads, int64_t stride, int64_t num_heads, int32_t dtype,
+                  int64_t num_tokens, int64_t head_size, const float* cos_sin,
+                  int64_t rotary_half, int32_t is_neox_style);
 }

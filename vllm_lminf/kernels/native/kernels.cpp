@@ -30,9 +30,9 @@ void lminf_write_cache(const LminfLayer* layer, const void* key, int64_t key_str
   });
 }
 
-void lminf_rotate(void* heads, int64_t stride, int64_t num_tokens, int64_t num_heads,
-                  int64_t head_size, const float* cos_sin, int64_t rotary_half,
-                  int32_t is_neox_style, int32_t dtype) {
+void lminf_rotate(void* heads, int64_t stride, int64_t num_heads, int32_t dtype,
+                  int64_t num_tokens, int64_t head_size, const float* cos_sin,
+                  int64_t rotary_half, int32_t is_neox_style) {
   with_type(dtype, [&](auto type) {
     lminf::rotate<decltype(type)>(heads, stride, num_tokens, num_heads, head_size, cos_sin,
                                   rotary_half, is_neox_style);

@@ -1,0 +1,80 @@
+"""Speculative decoding: which drafters are served, and how a draft model joins the engine.
+
+A draft never decides a token: the model verifies each one, so a drafter can cost speed and nothing
+else. What it must not do is to read or keep other blocks than the engine's Λ does.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vllm_lminf.config import BACKEND_NAME
+from vllm_lminf.pattern import LambdaPattern
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+
+SERVED = ("ngram", "draft_model", "eagle", "medusa")
+
+
+def target_of(config: "VllmConfig") -> "ModelConfig":
+    """The model that verifies; while a draft model is built, vLLM's configuration names that."""
+    if is_draft(config.model_config):
+        return config.speculative_config.target_model_config
+    return config.model_config
+
+
+def is_draft(model: "ModelConfig") -> bool:
+    """Whether this is the configuration of a draft model."""
+    return model.runner_type == "draft"
+
+
+def draft_pattern(pattern: LambdaPattern, trained_length: int | None) -> LambdaPattern:
+    """The Λ that a draft model attends by: the engine's, cut to what the draft was trained on.
+
+    It never reaches further back than the engine's, so it reads no block that was freed.
+
+    Example: an engine with n_local 8192 and a draft trained on 2048 tokens: the draft's window is
+    2048 tokens.
+
+    Args:
+        pattern: the engine's.
+        trained_length: the draft's; None if its configuration doesn't tell.
+    """
+    if trained_length is None:
+        return pattern
+    return replace(
+        pattern,
+        n_local=min(pattern.n_local, trained_length),
+        distance_limit=min(pattern.distance_limit, trained_length),
+    )
+
+
+def reasons_against(config: "VllmConfig") -> list[str]:
+    """Why this engine's drafter isn't served; empty when it is, or when there is none."""
+    drafter = config.speculative_config
+    if drafter is None:
+        return []
+    if drafter.method not in SERVED:
+        return [f"speculative decoding with {drafter.method!r}: served are {' and '.join(SERVED)}"]
+    reasons = []
+    named = drafter.attention_backend
+    if drafter.uses_draft_kv_cache() and named is not None and named.name != BACKEND_NAME:
+        reasons.append(
+            f"speculative decoding: attention_backend {named.name} for the draft model: it keeps "
+            f"its cache in the blocks of the model, so it must be {BACKEND_NAME} too"
+        )
+    return reasons
+
+
+def join(config: "VllmConfig") -> None:
+    """Makes a draft model part of the engine: same backend, same length.
+
+    vLLM chooses a draft model's backend by itself, and ends drafting where a sequence outgrows the
+    draft's trained length, which the Λ doesn't need.
+    """
+    drafter = config.speculative_config
+    if drafter is None or not drafter.uses_draft_kv_cache():
+        return
+    drafter.attention_backend = config.attention_config.backend
+    if drafter.max_model_len is None:
+        drafter.draft_model_config.max_model_len = config.model_config.max_model_len
