@@ -1,5 +1,7 @@
-"""A live OpenAI-compatible server, started as a user would: stock `vllm serve` and one variable."""
+"""Live OpenAI-compatible servers, started as a user would: stock `vllm serve` and one variable."""
 
+import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -10,21 +12,68 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.engine.oracle_model import save_tiny_llama
+from tests.server.byte_tokenizer import save_byte_tokenizer
+from vllm_lminf.pattern import LambdaPattern
 
 START_LIMIT_S = 600
+IDLE_LIMIT_S = 120
 
 
 @dataclass
 class Server:
     """A running server."""
 
-    base_url: str
+    url: str
     log_path: Path
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.url}/v1"
 
     @property
     def log(self) -> str:
         return self.log_path.read_text()
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.base_url, api_key="unused", timeout=600, max_retries=0)
+
+    def is_healthy(self) -> bool:
+        with urllib.request.urlopen(f"{self.url}/health", timeout=60) as answer:
+            return answer.status == 200
+
+    def page_of_metrics(self) -> str:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
+            return answer.read().decode()
+
+    def metrics(self) -> dict[str, float]:
+        """Values of /metrics by name, summed over labels."""
+        values: dict[str, float] = {}
+        for family in text_string_to_metric_families(self.page_of_metrics()):
+            for sample in family.samples:
+                values[sample.name] = values.get(sample.name, 0) + sample.value
+        return values
+
+    def wait_until_idle(self) -> dict[str, float]:
+        """Waits for the last request to be over and gone: a client that hangs up is noticed a
+        little later. Fails if a block is held then; returns the metrics."""
+        deadline = time.monotonic() + IDLE_LIMIT_S
+        while True:
+            values = self.metrics()
+            active = values["vllm:num_requests_running"] + values["vllm:num_requests_waiting"]
+            if not active and not values["vllm:kv_cache_usage_perc"]:
+                break
+            if time.monotonic() > deadline:
+                usage = values["vllm:kv_cache_usage_perc"]
+                pytest.fail(f"{active} requests and {usage:.1%} of the cache are left over")
+            time.sleep(0.1)
+        assert values["vllm:lminf_kv_blocks_pinned"] == 0
+        assert values["vllm:lminf_tokens_outside_window"] == 0
+        return values
 
 
 def free_port() -> int:
@@ -47,18 +96,15 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
     pytest.fail(f"no answer from vllm serve in {START_LIMIT_S} s:\n{log.read_text()[-4000:]}")
 
 
-@pytest.fixture(scope="module")
-def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`VLLM_ATTENTION_BACKEND=LMINF vllm serve MODEL --max-model-len 1000000`, on a free port."""
-    log = tmp_path_factory.mktemp("server") / "server.log"
+@contextlib.contextmanager
+def serve(model: str, log: Path, *arguments: str) -> Iterator[Server]:
+    """`VLLM_ATTENTION_BACKEND=LMINF vllm serve MODEL ..`, on a free port."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     command = [
         str(Path(sys.executable).with_name("vllm")),
-        *("serve", model_path, "--served-model-name", "smollm2"),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--max-model-len", "1000000", "--enforce-eager"),
-        *("--kv-cache-memory-bytes", "1G"),
+        *("serve", model, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"),
+        *arguments,
     ]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -69,7 +115,7 @@ def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         )
     try:
         wait_until_healthy(process, url, log)
-        yield Server(f"{url}/v1", log)
+        yield Server(url, log)
     finally:
         process.terminate()
         try:
@@ -77,3 +123,45 @@ def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The trained model, up to a million tokens."""
+    with serve(
+        model_path,
+        tmp_path_factory.mktemp("server") / "server.log",
+        *("--served-model-name", "smollm2"),
+        *("--max-model-len", "1000000", "--kv-cache-memory-bytes", "1G"),
+    ) as running:
+        yield running
+
+
+BLOCK_SIZE = 16
+POOL_BLOCKS = 48
+TINY_PATTERN = LambdaPattern(n_global=20, n_local=64, distance_limit=80)
+TINY_MAX_LEN = 20_000
+TINY_VOCABULARY = 512
+
+
+@pytest.fixture(scope="package")
+def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A random model whose pool holds 752 tokens, for at most three long requests at a time."""
+    folder = tmp_path_factory.mktemp("tiny_server")
+    model = save_tiny_llama(folder / "model", 2, 1, 32, num_layers=1)
+    save_byte_tokenizer(model, TINY_VOCABULARY)
+    settings = {
+        "n_global": TINY_PATTERN.n_global,
+        "n_local": TINY_PATTERN.n_local,
+        "distance_limit": TINY_PATTERN.distance_limit,
+    }
+    with serve(
+        str(model),
+        folder / "server.log",
+        *("--served-model-name", "tiny", "--dtype", "float32"),
+        *("--max-model-len", str(TINY_MAX_LEN), "--max-num-seqs", "8"),
+        *("--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(POOL_BLOCKS)),
+        *("--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "64M"),
+        *("--additional-config", json.dumps({"lminf": settings})),
+    ) as running:
+        yield running
