@@ -21,7 +21,7 @@ DEMO       := build/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo test serve lint format clean
+.PHONY: help venv model demo test families serve lint format clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ test: venv model  ## lint, check types and run every test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy vllm_lminf
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+families: venv  ## test every model family, and write what was measured into the README's table
+	$(BIN)/pytest tests/engine/test_families.py -k "not readme" $(PYTEST_ARGS)
+	$(BIN)/python -m tests.engine.families_table
 
 # Eager, because vLLM compiles a model for CPUs anew at every start, which takes minutes on two
 # cores; SERVE_ARGS=--no-enforce-eager has it compiled. The cache holds about seven requests of any

@@ -18,6 +18,7 @@ from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
 from transformers.models.gptj import modeling_gptj
 
+from tests.engine.families_table import REFUSED
 from vllm_lminf.kernels.reference import lambda_attention
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotarySpec
@@ -35,6 +36,7 @@ class Family:
     """One architecture.
 
     Attributes:
+        title: the name that people know it by.
         config_class: Hugging Face's configuration class, by name.
         settings: what that class is given.
         is_neox_style: how its rotated pairs lie.
@@ -44,6 +46,7 @@ class Family:
         as_in_vllm: changes Hugging Face's model where vLLM's differs outside of attention.
     """
 
+    title: str
     config_class: str
     settings: dict[str, Any] = field(default_factory=dict)
     is_neox_style: bool = True
@@ -53,8 +56,7 @@ class Family:
 
     def save(self, folder: Path) -> Path:
         """Writes a random checkpoint without a tokenizer. The vocabulary has 512 tokens."""
-        config = getattr(transformers, self.config_class)(**(_SHAPE | self.settings))
-        config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+        config = make_config(self.config_class, self.settings)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
@@ -89,16 +91,17 @@ def _rope(theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta} | parameters}
 
 
-def _longrope(trained_length: int) -> dict[str, Any]:
+def _longrope(trained_length: int, partial_rotary_factor: float = 1.0) -> dict[str, Any]:
     """Long factors beyond ``trained_length``, short ones up to it."""
+    num_pairs = int(8 * partial_rotary_factor)
     return {
         "max_position_embeddings": 256,
         "original_max_position_embeddings": trained_length,
         **_rope(
             rope_type="longrope",
-            partial_rotary_factor=1.0,
-            short_factor=[1.0 + 0.1 * k for k in range(8)],
-            long_factor=[2.0 + 0.5 * k for k in range(8)],
+            partial_rotary_factor=partial_rotary_factor,
+            short_factor=[1.0 + 0.1 * k for k in range(num_pairs)],
+            long_factor=[2.0 + 0.5 * k for k in range(num_pairs)],
             original_max_position_embeddings=trained_length,
         ),
     }
@@ -169,8 +172,9 @@ _ALTERNATING = {
 }
 
 FAMILIES = {
-    "llama-2": Family("LlamaConfig", _rope()),
+    "llama-2": Family("Llama 2", "LlamaConfig", _rope()),
     "llama-3": Family(
+        "Llama 3.x",
         "LlamaConfig",
         {
             **_GQA,
@@ -184,13 +188,16 @@ FAMILIES = {
             ),
         },
     ),
-    "mistral": Family("MistralConfig", {"sliding_window": None, **_GQA, **_rope()}),
+    "mistral": Family("Mistral", "MistralConfig", {"sliding_window": None, **_GQA, **_rope()}),
     "mistral-windowed": Family(
-        "MistralConfig", {"sliding_window": NATIVE_WINDOW, **_GQA, **_rope()}
+        "Mistral with its window",
+        "MistralConfig",
+        {"sliding_window": NATIVE_WINDOW, **_GQA, **_rope()},
     ),
-    "qwen-2.5": Family("Qwen2Config", {**_GQA, **_rope(1000000.0)}),
-    "qwen-3": Family("Qwen3Config", {"head_dim": 32, **_GQA, **_rope(1000000.0)}),
+    "qwen-2.5": Family("Qwen 2.5", "Qwen2Config", {**_GQA, **_rope(1000000.0)}),
+    "qwen-3": Family("Qwen 3", "Qwen3Config", {"head_dim": 32, **_GQA, **_rope(1000000.0)}),
     "gemma-3": Family(
+        "Gemma 3",
         "Gemma3TextConfig",
         {
             **_ALTERNATING,
@@ -203,6 +210,7 @@ FAMILIES = {
         },
     ),
     "gemma-2": Family(
+        "Gemma 2",
         "Gemma2Config",
         {
             **_ALTERNATING,
@@ -213,45 +221,66 @@ FAMILIES = {
             "final_logit_softcapping": 30.0,
         },
     ),
-    "gpt-neox": Family("GPTNeoXConfig", _rope(partial_rotary_factor=0.25)),
+    "gpt-neox": Family("GPT-NeoX, Pythia", "GPTNeoXConfig", _rope(partial_rotary_factor=0.25)),
     "gpt-j": Family(
+        "GPT-J",
         "GPTJConfig",
         {"rotary_dim": 8},
         is_neox_style=False,
         oracle_forward=(modeling_gptj.GPTJAttention, _gptj_forward),
     ),
     "bloom": Family(
+        "BLOOM",
         "BloomConfig",
         _TIED,
         oracle_forward=(modeling_bloom.BloomAttention, _bloom_forward),
         as_in_vllm=_exact_gelu,
     ),
     "falcon": Family(
+        "Falcon",
         "FalconConfig",
         _rope(),
         oracle_forward=(modeling_falcon.FalconAttention, _falcon_forward),
     ),
     "falcon-rw": Family(
+        "Falcon-RW",
         "FalconConfig",
         {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
         oracle_forward=(modeling_falcon.FalconAttention, _falcon_forward),
         # The eager one adds the ALiBi bias twice: to the scores, and within the mask.
         own_attention="sdpa",
     ),
-    "phi-3": Family("Phi3Config", _rope(partial_rotary_factor=1.0)),
-    "phi-3-longrope-short": Family("Phi3Config", _longrope(trained_length=TRAINED_LENGTH)),
-    "phi-3-longrope-long": Family("Phi3Config", _longrope(trained_length=TRAINED_LENGTH // 2)),
-    "phi-2": Family("PhiConfig", _rope(partial_rotary_factor=0.5)),
-    "olmo-2": Family("Olmo2Config", {**_GQA, **_rope(500000.0)}),
+    "phi-3": Family("Phi-3, Phi-4", "Phi3Config", _rope(partial_rotary_factor=1.0)),
+    "phi-3-longrope-short": Family(
+        "Phi-3 with LongRoPE, short factors",
+        "Phi3Config",
+        _longrope(trained_length=TRAINED_LENGTH),
+    ),
+    "phi-3-longrope-long": Family(
+        "Phi-3 with LongRoPE, long factors",
+        "Phi3Config",
+        _longrope(trained_length=TRAINED_LENGTH // 2),
+    ),
+    "phi-4-mini": Family(
+        "Phi-4-mini",
+        "Phi3Config",
+        {**_GQA, **_longrope(trained_length=TRAINED_LENGTH // 2, partial_rotary_factor=0.75)},
+    ),
+    "phi-2": Family("Phi-2", "PhiConfig", _rope(partial_rotary_factor=0.5)),
+    "olmo-2": Family("OLMo 2", "Olmo2Config", {**_GQA, **_rope(500000.0)}),
     "stablelm": Family(
-        "StableLmConfig", {"use_qkv_bias": True, **_GQA, **_rope(partial_rotary_factor=0.25)}
+        "StableLM",
+        "StableLmConfig",
+        {"use_qkv_bias": True, **_GQA, **_rope(partial_rotary_factor=0.25)},
     ),
     "glm": Family(
+        "GLM",
         "GlmConfig",
         {"head_dim": 16, **_GQA, **_rope(partial_rotary_factor=0.5)},
         is_neox_style=False,
     ),
     "granite": Family(
+        "Granite",
         "GraniteConfig",
         {
             **_GQA,
@@ -263,6 +292,7 @@ FAMILIES = {
         },
     ),
     "gpt-oss": Family(
+        "gpt-oss",
         "GptOssConfig",
         {
             **_ALTERNATING,
@@ -281,10 +311,122 @@ FAMILIES = {
     ),
 }
 
-LEARNED_POSITIONS = {
-    "gpt-2": Family("GPT2Config", _TIED),
-    "opt": Family("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64, **_TIED}),
+
+@dataclass(frozen=True)
+class RefusedFamily:
+    """An architecture that LMINF, or vLLM itself, turns away.
+
+    Attributes:
+        title: the name that people know it by.
+        encoding: where its attention takes positions from.
+        config_class: Hugging Face's configuration class, by name.
+        settings: what that class is given.
+        message: what the refusal says; a regular expression.
+        status: what the README's table says of it.
+    """
+
+    title: str
+    encoding: str
+    config_class: str
+    settings: dict[str, Any]
+    message: str
+    status: str = REFUSED
+
+    def save(self, folder: Path) -> Path:
+        """Writes the configuration: the weights, if it comes to them, are left to vLLM."""
+        make_config(self.config_class, self.settings).save_pretrained(folder)
+        return folder
+
+
+_NO_ROTARY = r"layer \S+\.0\.\S*attn: .* has no rotary module"
+_BOTH_LAYERS = "layers 0 to 1: "
+
+REFUSED_FAMILIES = {
+    "gpt-2": RefusedFamily("GPT-2", "learned absolute positions", "GPT2Config", _TIED, _NO_ROTARY),
+    "opt": RefusedFamily(
+        "OPT",
+        "learned absolute positions",
+        "OPTConfig",
+        {"ffn_dim": 96, "word_embed_proj_dim": 64, **_TIED},
+        _NO_ROTARY,
+    ),
+    "m-rope": RefusedFamily(
+        "models with M-RoPE, as Qwen2-VL",
+        "RoPE on multimodal positions",
+        "Qwen2Config",
+        {**_GQA, **_rope(mrope_section=[2, 3, 3])},
+        _BOTH_LAYERS + "M-RoPE: a multimodal position is no single distance",
+    ),
+    "dual-chunk": RefusedFamily(
+        "Qwen 2.5-1M",
+        "RoPE, dual chunk attention",
+        "Qwen2Config",
+        {
+            **_GQA,
+            **_rope(),
+            "dual_chunk_attention_config": {"chunk_size": 64, "local_size": 16},
+        },
+        _BOTH_LAYERS + "dual chunk attention",
+    ),
+    "mla": RefusedFamily(
+        "DeepSeek V2",
+        "RoPE, multi-head latent attention (MLA)",
+        "DeepseekV2Config",
+        {},
+        _BOTH_LAYERS + r"multi-head latent attention \(MLA\)",
+    ),
+    "fope": RefusedFamily(
+        "models with Fourier position embedding",
+        "RoPE of learned frequencies",
+        "LlamaConfig",
+        _rope(
+            use_fope=True,
+            num_key_value_heads=4,
+            num_inv_freq=8,
+            fope_sep_head=True,
+            fope_init_factor=0.1,
+        ),
+        r"layer model\.layers\.0\.self_attn\.attn: rotary embedding FourierRotaryEmbedding",
+    ),
+    "command-r7b": RefusedFamily(
+        "Command R7B",
+        "interleaved RoPE in windowed layers, none in the others",
+        "Cohere2Config",
+        {**_ALTERNATING, **_TIED, **_rope()},
+        r"layer model\.layers\.1\.self_attn\.attn: CohereAttention holds .* does not call it here",
+    ),
+    "exaone-4": RefusedFamily(
+        "EXAONE 4 with windows",
+        "RoPE in windowed layers, none in the others",
+        "Exaone4Config",
+        {**_ALTERNATING, **_rope()},
+        r"layer model\.layers\.1\.self_attn\.attn: Exaone4Attention holds .* does not call it here",
+    ),
+    "smollm-3": RefusedFamily(
+        "SmolLM3",
+        "RoPE in three layers of four",
+        "SmolLM3Config",
+        {**_GQA, **_rope()},
+        r"layer \S+: vLLM runs this model \(smollm3\) in Hugging Face's code",
+    ),
+    "mpt": RefusedFamily(
+        "MPT",
+        "ALiBi",
+        "MptConfig",
+        {},
+        r"MPTForCausalLM was supported in vLLM until v0\.28",
+        status="vLLM itself has not run it since 0.28",
+    ),
 }
+
+
+def make_config(config_class: str, settings: dict[str, Any]) -> transformers.PreTrainedConfig:
+    """A tiny model's configuration, with the architecture by which vLLM knows it."""
+    config = getattr(transformers, config_class)(**(_SHAPE | settings))
+    architecture = AutoModelForCausalLM._model_mapping[type(config)].__name__
+    # vLLM knows MPT by the name that its own authors gave it.
+    config.architectures = [architecture.replace("Mpt", "MPT")]
+    return config
 
 
 class OracleModel:
