@@ -81,11 +81,20 @@ def _oracle_attention(pattern: LambdaPattern, rotary: RotarySpec) -> Iterator[No
         modeling_llama.apply_rotary_pos_emb = original
 
 
-@torch.inference_mode()
 def oracle_logprobs(
     model_path: Path, token_ids: list[int], pattern: LambdaPattern, dtype: torch.dtype
 ) -> torch.Tensor:
     """Log-probability of every token but the first, given those before it; [len(token_ids) - 1]."""
+    targets = torch.tensor(token_ids[1:])[:, None]
+    return oracle_distributions(model_path, token_ids, pattern, dtype).gather(1, targets)[:, 0]
+
+
+@torch.inference_mode()
+def oracle_distributions(
+    model_path: Path, token_ids: list[int], pattern: LambdaPattern, dtype: torch.dtype
+) -> torch.Tensor:
+    """Log-probabilities of the whole vocabulary in place of every token but the first; float64
+    [len(token_ids) - 1, vocabulary]."""
     model = LlamaForCausalLM.from_pretrained(model_path, dtype=dtype)
     config = model.config
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
@@ -94,5 +103,4 @@ def oracle_logprobs(
     with _oracle_attention(pattern, rotary):
         model.set_attn_implementation("lminf_oracle")
         logits = model(torch.tensor([token_ids]), use_cache=False).logits[0, :-1]
-    targets = torch.tensor(token_ids[1:])[:, None]
-    return logits.double().log_softmax(-1).gather(1, targets)[:, 0]
+    return logits.double().log_softmax(-1)
