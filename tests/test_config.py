@@ -32,6 +32,11 @@ class TestSources:
         settings = read({"n_local": 200}, VLLM_LMINF_N_LOCAL="100", VLLM_LMINF_DISTANCE_LIMIT="300")
         assert settings == Settings(DEFAULT_N_GLOBAL, 200, 300)
 
+    def test_kernel(self) -> None:
+        assert read().kernel == "auto"
+        assert read({"kernel": "torch"}).kernel == "torch"
+        assert read(VLLM_LMINF_KERNEL="cpu").kernel == "cpu"
+
     def test_zero_is_a_value(self) -> None:
         assert read({"n_global": 0}, VLLM_LMINF_N_GLOBAL="4").n_global == 0
         assert read(VLLM_LMINF_N_GLOBAL="0").n_global == 0
@@ -83,6 +88,15 @@ class TestRefusals:
         (problem,) = refusal.value.problems
         assert problem.startswith(f"VLLM_LMINF_{name} is ")
         assert value in problem
+
+    @pytest.mark.parametrize("value", ["CPU", "cuda", "", None, 1, ["cpu"]], ids=repr)
+    def test_kernels_that_there_are_not(self, value: object) -> None:
+        with pytest.raises(SettingsError) as refusal:
+            read({"kernel": value})
+        (problem,) = refusal.value.problems
+        assert problem.endswith(
+            f'"kernel" in lminf is {value!r}: it must be one of auto, cpu, torch'
+        )
 
     @pytest.mark.parametrize("name", ["n_local", "distance_limit"])
     def test_zero_where_it_means_nothing(self, name: str) -> None:

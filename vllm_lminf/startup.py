@@ -11,6 +11,7 @@ from vllm_lminf.config import (
     Settings,
     SettingsError,
 )
+from vllm_lminf.kernels.native import build
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import MAX_POSITION
 
@@ -105,7 +106,11 @@ def check(config: "VllmConfig") -> None:
         SettingsError: the settings make no Λ with this model.
         UnsupportedError: the model or a feature isn't served.
     """
-    reasons = [*_model_reasons(config.model_config), *_feature_reasons(config)]
+    reasons = [
+        *_model_reasons(config.model_config),
+        *_feature_reasons(config),
+        *_kernel_reasons(config),
+    ]
     try:
         pattern_of(config)
     except SettingsError as error:
@@ -165,3 +170,35 @@ def _feature_reasons(config: "VllmConfig") -> list[str]:
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         reasons.append("context parallelism: a window isn't sharded over ranks")
     return reasons
+
+
+def _kernel_reasons(config: "VllmConfig") -> list[str]:
+    """Why the kernel that was asked for can't run. Where it is likely to, it starts to compile."""
+    try:
+        choice = kernel_of(config)
+    except SettingsError:
+        return []  # told with all other settings
+    on_cpu = config.device_config.device_type == "cpu"
+    if choice == "auto" and on_cpu:
+        build.start()
+    if choice != "cpu":
+        return []
+    reasons = []
+    if not on_cpu:
+        reasons.append(f"it runs on CPUs, not on {config.device_config.device_type}")
+    head_size = config.model_config.get_head_size()
+    if head_size % 16 != 0:
+        reasons.append(f"it takes heads of a multiple of 16 dimensions, not {head_size}")
+    block_size = config.cache_config.block_size
+    if block_size is not None and block_size % 16 != 0:
+        reasons.append(f"it takes blocks of a multiple of 16 tokens, not --block-size {block_size}")
+    cache_dtype = config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch.")):
+        reasons.append(
+            f"it keeps the cache in the model's dtype, not in --kv-cache-dtype {cache_dtype}"
+        )
+    try:
+        build.load_library()
+    except build.BuildError as error:
+        reasons.append(str(error))
+    return [f"kernel 'cpu': {reason}" for reason in reasons]

@@ -35,6 +35,11 @@ class LayerKernel:
         # Without global tokens nothing is ever beyond the limit.
         self._rotary = rotary if pattern.n_global > 0 else None
 
+    def name(self, block_size: int, dtype: torch.dtype) -> str:
+        """Which kernel runs on such a cache; one of the settings."""
+        compiled = self._compiled
+        return "cpu" if compiled is not None and compiled.serves(block_size, dtype) else "torch"
+
     def write_cache(
         self,
         key: torch.Tensor,
@@ -74,12 +79,14 @@ class LayerKernel:
 
     def _compiled_for(self, kv_cache: torch.Tensor) -> cpu.CpuLayer | None:
         compiled = self._compiled
-        if compiled is None or compiled.serves_cache(kv_cache):
+        if compiled is None or compiled.serves(kv_cache.shape[2], kv_cache.dtype):
             return compiled
         logger.warning_once(
-            "blocks of %d tokens: the compiled kernel takes multiples of 16, so the much slower "
-            "PyTorch kernel runs; set --block-size 128",
+            "blocks of %d tokens in %s: the compiled kernel takes multiples of 16 in the model's "
+            "own dtype, so the much slower PyTorch kernel runs; set --block-size 128 and "
+            "--kv-cache-dtype auto",
             kv_cache.shape[2],
+            kv_cache.dtype,
         )
         return None
 

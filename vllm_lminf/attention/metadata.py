@@ -1,6 +1,8 @@
 """What every layer needs to know of a batch, put together once a step."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -90,7 +92,7 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
                 ]
             )
         if None in windows:
-            _log_what_is_active(kv_cache_spec, vllm_config, device)
+            _log_what_is_active(kv_cache_spec, vllm_config, layers)
         else:
             _warn_if_all_layers_have_windows(vllm_config)
 
@@ -127,13 +129,15 @@ def _warn_if_all_layers_have_windows(config: VllmConfig) -> None:
         )
 
 
-def _log_what_is_active(spec: LambdaSpec, config: VllmConfig, device: torch.device) -> None:
+def _log_what_is_active(spec: LambdaSpec, config: VllmConfig, layers: Iterable[Attention]) -> None:
     model, pattern = config.model_config, pattern_of(config)
+    impls: list[Any] = [layer.impl for layer in layers]
+    kernels = {impl.kernel.name(spec.block_size, spec.dtype) for impl in impls if impl.kernel}
     logger.info_once(
-        "%s is active: kernel paged (PyTorch, %s), n_global %d, n_local %d, distance_limit %d, "
+        "%s is active: kernel %s, n_global %d, n_local %d, distance_limit %d, "
         "trained length %s, max_model_len %d; a request holds at most %d blocks of %d tokens",
         BACKEND_NAME,
-        device.type,
+        ", ".join(sorted(kernels)) or "unknown",
         pattern.n_global,
         pattern.n_local,
         pattern.distance_limit,

@@ -1,5 +1,6 @@
 """Λ-attention: one function, several implementations. Nothing here imports vLLM.
 
-`reference` is the oracle, on contiguous tensors. `paged` computes the same over a paged KV cache.
+`reference` is the oracle, on contiguous tensors. `paged` computes the same over a paged KV cache,
+in plain PyTorch; `cpu` does so by the compiled kernels in `native/`.
 No implementation imports the oracle, and the oracle imports no implementation.
 """

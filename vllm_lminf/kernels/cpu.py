@@ -193,9 +193,9 @@ class CpuLayer:
                 setattr(self._struct, name, values.data_ptr())
         self._argument = ctypes.byref(self._struct)
 
-    def serves_cache(self, kv_cache: torch.Tensor) -> bool:
-        """Whether the kernels can handle a cache of this dtype and block size."""
-        return kv_cache.dtype == self._dtype and kv_cache.shape[2] % _LANES == 0
+    def serves(self, block_size: int, dtype: torch.dtype) -> bool:
+        """Whether the kernels can handle a cache in blocks of so many tokens and of this dtype."""
+        return block_size % _LANES == 0 and dtype == self._dtype
 
     def _check_rows(self, x: torch.Tensor) -> None:
         """Rows may lie apart; the heads of a row lie next to each other."""

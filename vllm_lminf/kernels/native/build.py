@@ -5,6 +5,7 @@ and the CPU. It is written under a name of its own and then renamed, which is at
 that start at once may both compile, and neither sees half a file.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
@@ -43,6 +45,19 @@ def load_library() -> ctypes.CDLL:
         raise BuildError(
             f"{path} does not load: {error}. Remove it to have it built anew"
         ) from error
+
+
+def start() -> None:
+    """Starts to compile in the background, so that the kernels are there once they are needed.
+
+    Whoever calls `load_library` then learns what went wrong, if anything did.
+    """
+
+    def build() -> None:
+        with contextlib.suppress(BuildError):
+            load_library()
+
+    threading.Thread(target=build, name="lminf-build", daemon=True).start()
 
 
 def _compiler() -> list[str]:

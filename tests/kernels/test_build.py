@@ -1,0 +1,78 @@
+"""The kernels are compiled once, by real compilers, and what can't be compiled says why."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_lminf.kernels.native import build
+
+LOAD = "from vllm_lminf.kernels.native.build import load_library; load_library().lminf_attention"
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded() -> None:
+    build.load_library.cache_clear()
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "vllm-lminf"
+
+
+def load_in_a_process() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", LOAD], stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+
+
+def test_processes_that_start_at_once_and_one_that_starts_later(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, compiler = tmp_path / "log", tmp_path / "compiler"
+    compiler.write_text(
+        f"""#!/bin/sh
+case "$*" in *--version*) ;; *) echo compiled >> {log};; esac
+exec {shutil.which("g++")} "$@"
+"""
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    for process in [load_in_a_process() for _ in range(2)]:
+        assert process.wait(timeout=300) == 0, process.stderr.read()
+    at_once = log.read_text().count("compiled")
+    assert 1 <= at_once <= 2
+    assert len(list(empty_cache.iterdir())) == 1, "something unfinished was left behind"
+
+    later = load_in_a_process()
+    assert later.wait(timeout=300) == 0, later.stderr.read()
+    assert log.read_text().count("compiled") == at_once
+
+
+def test_no_compiler(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -x")
+    with pytest.raises(build.BuildError, match=r"CXX=no-such-compiler -x.*install g\+\+"):
+        build.load_library()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(build.BuildError, match=r"g\+\+, c\+\+, clang"):
+        build.load_library()
+
+
+def test_a_compiler_that_fails(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own words are part of the message, and nothing is left behind."""
+    monkeypatch.setenv("CXX", "g++ -include no-such-header.h")
+    with pytest.raises(build.BuildError, match="no-such-header"):
+        build.load_library()
+    assert list(empty_cache.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(build.BuildError, match="can't be compiled into"):
+        build.load_library()
