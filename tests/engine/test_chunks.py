@@ -143,7 +143,7 @@ class Watch:
 
 
 # Most tokens of a step, room for how many requests of any length, prefix caching
-POOLS = [(1, 1, False), (40, 1, True), (40, 2.5, False), (40, 2.5, True), (200, 1.3, True)]
+POOLS = [(1, 1, False), (40, 1, True), (40, 2.5, False), (200, 1.3, True)]
 
 
 class TestSmallPool:

@@ -178,17 +178,19 @@ class CacheView:
     def needed(self, length: int) -> list[int]:
         """The blocks with a token before ``length`` that the query at ``length`` sees; no later
         query sees another of them."""
-        blocks = range(length // self._block_size)
-        return [b for b in blocks if any(self._pattern.visible(length, j) for j in self._in(b))]
+        return [b for b in range(length // self._block_size) if self._is_seen(length, b)]
 
-    def _in(self, block: int) -> range:
-        return range(block * self._block_size, (block + 1) * self._block_size)
+    def _is_seen(self, length: int, block: int) -> bool:
+        """Global tokens are the first of a block, and a window's the last, or all of it."""
+        first, last = block * self._block_size, (block + 1) * self._block_size - 1
+        return self._pattern.visible(length, first) or self._pattern.visible(length, last)
 
     def longest_hit(self) -> int:
         """By trying every length, one token being left to compute."""
         for num_blocks in range((len(self._tokens) - 1) // self._block_size, 0, -1):
             length = num_blocks * self._block_size
-            if all(self.block(entry) for entry in self.needed(length)):
+            latest_first = range(num_blocks - 1, -1, -1)
+            if all(self.block(b) for b in latest_first if self._is_seen(length, b)):
                 return length
         return 0
 
