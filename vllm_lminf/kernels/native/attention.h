@@ -25,6 +25,7 @@
 
 #include "cache.h"
 #include "interface.h"
+#include "rotary.h"
 #include "vector.h"
 
 namespace lminf {
@@ -163,6 +164,7 @@ template <typename T>
 class UnitWorker {
   using Stored = typename T::Stored;
   using Operand = typename T::Operand;
+  static constexpr int64_t kPackedStep = kLanes * T::kPack;  // what 16 lanes take of a cached step
 
  public:
   UnitWorker(const LminfBatch& batch, const LminfLayer& layer)
@@ -258,24 +260,15 @@ class UnitWorker {
       for (int64_t d = 0; d < head_size; d += kLanes) {
         store(&turned_row_[d], T::widen(from + d));
       }
-      if (turned) turn_query(token);
+      if (turned) {
+        const int64_t half = batch_.rotary_half;
+        rotate_head<Float32>(turned_row_.data(), batch_.query_cos + token * half,
+                             batch_.query_sin + token * half, half, batch_.is_neox_style);
+      }
       Operand* to = &query_[row * steps_];
       for (int64_t d = 0; d < head_size; d += kLanes) {
         T::operands(to + d / T::kPack, load(&turned_row_[d]));
       }
-    }
-  }
-
-  void turn_query(int64_t token) {
-    const int64_t half = batch_.rotary_half;
-    const float* cos = batch_.query_cos + token * half;
-    const float* sin = batch_.query_sin + token * half;
-    for (int64_t k = 0; k < half; ++k) {
-      float& a = turned_row_[batch_.is_neox_style ? k : 2 * k];
-      float& b = turned_row_[batch_.is_neox_style ? k + half : 2 * k + 1];
-      const float first = a * cos[k] - b * sin[k];
-      b = b * cos[k] + a * sin[k];
-      a = first;
     }
   }
 
@@ -323,9 +316,11 @@ class UnitWorker {
     lanes_.resize(head_size * kLanes);
     for (int64_t group = 0; group < num_groups; ++group) {
       const Stored* from = group_at(group * kGroup).keys;
-      for (int64_t d = 0; d < head_size; ++d) {
-        for (int64_t token = 0; token < kGroup; ++token) {
-          lanes_[d * kLanes + token] = T::to_float(from[key_index<T>(token, d)]);
+      for (int64_t step = 0; step < steps_; ++step) {
+        Floats elements[T::kPack];
+        T::unpack(elements, from + step * kPackedStep);
+        for (int e = 0; e < T::kPack; ++e) {
+          store(&lanes_[(step * T::kPack + e) * kLanes], elements[e]);
         }
       }
       for (int64_t k = 0; k < half; ++k) {
@@ -338,10 +333,12 @@ class UnitWorker {
         store(a, first);
       }
       Stored* to = &stationary_keys_[group * kGroup * head_size];
-      for (int64_t d = 0; d < head_size; ++d) {
-        for (int64_t token = 0; token < kGroup; ++token) {
-          to[key_index<T>(token, d)] = T::from_float(lanes_[d * kLanes + token]);
+      for (int64_t step = 0; step < steps_; ++step) {
+        Floats elements[T::kPack];
+        for (int e = 0; e < T::kPack; ++e) {
+          elements[e] = load(&lanes_[(step * T::kPack + e) * kLanes]);
         }
+        T::pack(to + step * kPackedStep, elements);
       }
     }
   }

@@ -63,7 +63,8 @@ inline Floats exp2_nonpositive(Floats x) {
 }
 
 // What the storage types differ in. A cached key or value is stored in packs of kPack elements that
-// belong into one lane; `Operand` is what a lane is multiplied with.
+// belong into one lane; `Operand` is what a lane is multiplied with. `unpack` turns 16 packs into
+// kPack vectors, `pack` does the reverse.
 
 struct Float32 {
   using Stored = float;
@@ -75,6 +76,8 @@ struct Float32 {
   static Floats widen(const Stored* from) { return load(from); }
   static void narrow(Stored* to, Floats x) { store(to, x); }
   static void operands(Operand* to, Floats x) { store(to, x); }
+  static void unpack(Floats* to, const Stored* packs) { to[0] = load(packs); }
+  static void pack(Stored* packs, const Floats* from) { store(packs, from[0]); }
   static Floats multiply_add(Floats sum, Operand a, const Stored* packs) {
     return sum + broadcast(a) * load(packs);
   }
@@ -115,6 +118,8 @@ struct Float16 {
 #endif
   }
   static void operands(Operand* to, Floats x) { store(to, x); }
+  static void unpack(Floats* to, const Stored* packs) { to[0] = widen(packs); }
+  static void pack(Stored* packs, const Floats* from) { narrow(packs, from[0]); }
   static Floats multiply_add(Floats sum, Operand a, const Stored* packs) {
     return sum + broadcast(a) * widen(packs);
   }
@@ -146,12 +151,24 @@ struct BFloat16 {
     __m256bh packed = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
     std::memcpy(to, &packed, sizeof packed);
 #else
-    Words bits = reinterpret_cast<Words>(x);
-    Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    Words quiet = (bits >> 16) | 0x40;
-    Halves packed = __builtin_convertvector(x != x ? quiet : rounded, Halves);
+    Halves packed = __builtin_convertvector(rounded(x), Halves);
     std::memcpy(to, &packed, sizeof packed);
 #endif
+  }
+  static Words rounded(Floats x) {
+    Words bits = reinterpret_cast<Words>(x);
+    Words nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    Words quiet = (bits >> 16) | 0x40;
+    return x != x ? quiet : nearest;
+  }
+  static void unpack(Floats* to, const Stored* packs) {
+    Words pairs = *reinterpret_cast<const Words*>(packs);
+    to[0] = reinterpret_cast<Floats>(pairs << 16);
+    to[1] = reinterpret_cast<Floats>(pairs & 0xffff0000u);
+  }
+  static void pack(Stored* packs, const Floats* from) {
+    Words pairs = rounded(from[0]) | (rounded(from[1]) << 16);
+    std::memcpy(packs, &pairs, sizeof pairs);
   }
   // Consecutive elements form the pairs of an operand.
   static void operands(Operand* to, Floats x) { narrow(reinterpret_cast<Stored*>(to), x); }
@@ -163,10 +180,10 @@ struct BFloat16 {
                          reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))),
                          reinterpret_cast<__m512bh>(pairs)));
 #else
-    Words pairs = *reinterpret_cast<const Words*>(packs);
-    sum += broadcast(to_float(static_cast<Stored>(a))) * reinterpret_cast<Floats>(pairs << 16);
-    return sum + broadcast(to_float(static_cast<Stored>(a >> 16))) *
-                     reinterpret_cast<Floats>(pairs & 0xffff0000u);
+    Floats elements[2];
+    unpack(elements, packs);
+    sum += broadcast(to_float(static_cast<Stored>(a))) * elements[0];
+    return sum + broadcast(to_float(static_cast<Stored>(a >> 16))) * elements[1];
 #endif
   }
 };
