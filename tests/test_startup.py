@@ -336,7 +336,7 @@ class TestBadSettings:
             arguments.create_engine_config()
 
 
-NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+NGRAM_GPU = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 MROPE = {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [8, 12, 12]}
 
 
@@ -348,7 +348,7 @@ class TestUnserved:
         [
             ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
             ({"kv_cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype int8_per_token_head"),
-            ({"speculative_config": NGRAM}, "speculative decoding"),
+            ({"speculative_config": NGRAM_GPU}, "method 'ngram_gpu'"),
             (
                 {
                     "kv_transfer_config": KVTransferConfig(
@@ -377,7 +377,7 @@ class TestUnserved:
 
     def test_every_reason_at_once(self, build: Build) -> None:
         with pytest.raises(UnsupportedError) as refusal:
-            build.selected(kv_cache_dtype="fp8", speculative_config=NGRAM, max_model_len=2**31)
+            build.selected(kv_cache_dtype="fp8", speculative_config=NGRAM_GPU, max_model_len=2**31)
         assert len(refusal.value.reasons) == 3
         for named in ("--kv-cache-dtype fp8", "speculative", "max_model_len"):
             assert named in str(refusal.value)

@@ -11,9 +11,21 @@ from vllm_lminf.config import BACKEND_NAME
 from vllm_lminf.pattern import LambdaPattern
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 SERVED = ("ngram", "draft_model", "eagle", "medusa")
+
+_UNSERVED = {
+    "custom_class": "what it reads and keeps isn't known",
+    "dflash": "its drafts see each other, and the Λ looks back only",
+    "dspark": "its drafts see each other, and the Λ looks back only",
+    "eagle3": "a head over several layers' hidden states hasn't been tested under the Λ",
+    "extract_hidden_states": "it stores hidden states in blocks that are freed as the window moves",
+    "mlp_speculator": "vLLM's engine doesn't run it",
+    "mtp": "heads of this kind haven't been tested under the Λ",
+    "ngram_gpu": "it hasn't been tested under the Λ; ngram drafts the same",
+    "suffix": "it needs arctic-inference, a vLLM plugin of its own, and hasn't been tested with it",
+}
 
 
 def target_of(config: "VllmConfig") -> "ModelConfig":
@@ -55,13 +67,22 @@ def reasons_against(config: "VllmConfig") -> list[str]:
     if drafter is None:
         return []
     if drafter.method not in SERVED:
-        return [f"speculative decoding with {drafter.method!r}: served are {' and '.join(SERVED)}"]
+        why = _UNSERVED.get(drafter.method, "it isn't known")
+        return [
+            f"speculative decoding with method {drafter.method!r}: {why}; served are "
+            f"{', '.join(SERVED)}"
+        ]
     reasons = []
+    if drafter.parallel_drafting:
+        reasons.append(
+            "speculative decoding with parallel_drafting: its placeholder tokens haven't been "
+            "tested under the Λ; drop it"
+        )
     named = drafter.attention_backend
     if drafter.uses_draft_kv_cache() and named is not None and named.name != BACKEND_NAME:
         reasons.append(
-            f"speculative decoding: attention_backend {named.name} for the draft model: it keeps "
-            f"its cache in the blocks of the model, so it must be {BACKEND_NAME} too"
+            f"speculative decoding with attention_backend {named.name}: the drafter's cache is in "
+            f"the same blocks as the model's, which only {BACKEND_NAME} reads rightly; drop it"
         )
     return reasons
 

@@ -1,7 +1,7 @@
 """What every layer needs to know of a batch, put together once a step."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -116,6 +116,41 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
             block_table=common.block_table_tensor,
             positions=positions.to(self.device, torch.int64),
         )
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> LambdaMetadata:
+        common = common_attn_metadata
+        if draft_index == 0:
+            common = _set_rejected_drafts_apart(common)
+        return self.build(common_prefix_len=0, common_attn_metadata=common, fast_build=True)
+
+
+def _set_rejected_drafts_apart(common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+    """A draft model's first pass is given the drafts that were just rejected too, as the last rows
+    of their request, and no slots to store their keys in. What is in those slots is older: the
+    other rows must not come near it. So these rows become a request of their own, at the start of
+    the same blocks; nobody looks at what it computes.
+    """
+    query_start_loc = common.query_start_loc_cpu[: common.num_reqs + 1]
+    query_lens = query_start_loc.diff()
+    rows = torch.arange(common.num_reqs).repeat_interleave(query_lens)
+    without_slot = common.slot_mapping[: len(rows)].cpu() < 0
+    rejected = torch.zeros_like(query_lens).index_add_(0, rows, without_slot.to(query_lens.dtype))
+    if not rejected.any():
+        return common
+    seq_lens = common.seq_lens[: common.num_reqs].cpu()
+    lens = torch.stack((query_lens - rejected, rejected), dim=1).flatten()
+    ends = torch.stack((seq_lens - rejected, rejected), dim=1).flatten()
+    block_table = common.block_table_tensor[: common.num_reqs].repeat_interleave(2, dim=0)
+    kept = lens > 0
+    return replace(
+        common,
+        num_reqs=int(kept.sum()),
+        query_start_loc_cpu=torch.cat((query_start_loc[:1], lens[kept].cumsum(0))).int(),
+        seq_lens=ends[kept],
+        block_table_tensor=block_table[kept.to(block_table.device)],
+    )
 
 
 def _warn_if_all_layers_have_windows(config: VllmConfig) -> None:
