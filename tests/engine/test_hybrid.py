@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.v1.worker.gpu import attn_utils as second_runner
 
 from tests.engine.conftest import Engine, block_pool, kv_cache_manager
 from tests.engine.families import FAMILIES, NATIVE_WINDOW, TRAINED_LENGTH, Family, OracleModel
 from tests.engine.test_exactness import TOLERANCE, engine_logprobs, random_prompts
+from vllm_lminf.kv_cache.manager import LambdaManager
+from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import LambdaPattern
 
 pytestmark = pytest.mark.engine
@@ -111,6 +114,17 @@ def watch_groups(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return held
 
 
+def assert_same_for_both_runners(llm: LLM) -> None:
+    """vLLM's first and second model runner ask the layers for the same caches, and the scheduler,
+    which knows no runner, has our manager for each."""
+    first = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    specs = first.get_kv_cache_spec()
+    assert specs == second_runner.get_kv_cache_spec(llm.llm_engine.vllm_config)
+    assert all(type(spec) is LambdaSpec for spec in specs.values())
+    managers = kv_cache_manager(llm).coordinator.single_type_managers
+    assert all(type(manager) is LambdaManager for manager in managers)
+
+
 def blocks_seen(pattern: LambdaPattern, position: int) -> int:
     """Blocks with a token that the query at a position sees."""
     return len({j // BLOCK_SIZE for j in range(position + 1) if pattern.visible(position, j)})
@@ -158,6 +172,7 @@ def test_windows_beside_the_pattern(
         groups = kv_cache_manager(llm).kv_cache_config.kv_cache_groups
         kept = [group.kv_cache_spec.pattern for group in groups]
         assert set(kept) == ({pattern.union(window)} if one_table else {pattern, window})
+        assert_same_for_both_runners(llm)
         held = watch_groups(llm, monkeypatch)
 
         *short, long = random_prompts([1, 23, 24, 25, 65, 400])
