@@ -163,7 +163,7 @@ class TestSmallPool:
         # Two pinned blocks, the window behind the chunk and the chunk, and one for their offset.
         cap = 2 + cdiv(N_LOCAL - 1 + chunk, BLOCK) + 1
         num_blocks = int(room * cap)
-        lengths = [1, 3 * num_blocks * BLOCK, 30, 8 * num_blocks * BLOCK, N_LOCAL, 700, 1000, 5]
+        lengths = [1, 30, 3 * num_blocks * BLOCK, 8 * num_blocks * BLOCK, N_LOCAL, 700, 1000, 5]
         if chunk == 1:
             lengths = [1, 30, 3 * num_blocks * BLOCK, N_LOCAL]
         prompts = [tokens(n, seed=n) for n in lengths]
@@ -185,7 +185,11 @@ class TestSmallPool:
                 for number, prompt in enumerate(prompts):
                     submit(llm, str(number), prompt, 20)
                 answers = finish(llm, 2 * num_steps_alone)
-                return [answers[str(number)] for number in range(len(prompts))]
+                # What goes on where the one before it ended, and needs all of the smallest pool.
+                ask(llm, [prompts[2]], 1)
+                (longer,) = ask(llm, [prompts[2] + tokens(num_blocks * BLOCK)], 20)
+                assert (longer.num_cached > 0) == caching
+                return [*(answers[str(number)] for number in range(len(prompts))), longer]
 
             # Steps if each had the engine to itself.
             num_steps_alone = sum(cdiv(n, chunk) + 20 for n in lengths)
