@@ -1,10 +1,13 @@
 """Which drafters are served, and what a draft model is told. Configurations; no engine."""
 
+import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from vllm.config import VllmConfig
+from vllm.config.speculative import MTPModelTypes, SpeculativeMethod
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
 
@@ -66,6 +69,17 @@ class TestDraftModel:
         with pytest.raises(UnsupportedError, match="attention_backend CPU_ATTN"):
             build(model, short_draft | {"attention_backend": "CPU_ATTN"})
 
+    def test_a_draft_model_that_is_not_served(
+        self, model: Path, short_draft: dict[str, Any], tmp_path: Path
+    ) -> None:
+        draft = tmp_path / "draft"
+        shutil.copytree(short_draft["model"], draft)
+        config = json.loads((draft / "config.json").read_text())
+        config["rope_parameters"]["mrope_section"] = [4, 6, 6]
+        (draft / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UnsupportedError, match="the draft model: layers 0 to 0: M-RoPE"):
+            build(model, short_draft | {"model": str(draft)})
+
     def test_parallel_drafting(self, model: Path, short_draft: dict[str, Any]) -> None:
         config = build(model, short_draft)
         config.speculative_config.parallel_drafting = True
@@ -117,10 +131,6 @@ def test_unserved_methods(method: str, model: Path) -> None:
 
 
 def test_every_method_of_vllm_is_judged() -> None:
-    from typing import get_args
-
-    from vllm.config.speculative import MTPModelTypes, SpeculativeMethod
-
     def flat(kind: Any) -> set[str]:
         return {kind} if isinstance(kind, str) else set().union(*map(flat, get_args(kind)))
 

@@ -30,9 +30,18 @@ _UNSERVED = {
 
 def target_of(config: "VllmConfig") -> "ModelConfig":
     """The model that verifies; while a draft model is built, vLLM's configuration names that."""
-    if is_draft(config.model_config):
-        return config.speculative_config.target_model_config
+    drafter = config.speculative_config
+    if drafter is not None and is_draft(config.model_config):
+        return drafter.target_model_config
     return config.model_config
+
+
+def draft_model_of(config: "VllmConfig") -> "ModelConfig | None":
+    """The draft model, where a whole model drafts."""
+    drafter = config.speculative_config
+    if drafter is None or not drafter.uses_draft_model():
+        return None
+    return drafter.draft_model_config
 
 
 def is_draft(model: "ModelConfig") -> bool:

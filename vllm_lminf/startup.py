@@ -107,7 +107,8 @@ def check(config: "VllmConfig") -> None:
         UnsupportedError: the model or a feature isn't served.
     """
     reasons = [
-        *_model_reasons(config.model_config),
+        *_model_reasons(config.model_config, "generate"),
+        *_draft_model_reasons(config),
         *_feature_reasons(config),
         *_kernel_reasons(config),
     ]
@@ -122,9 +123,16 @@ def check(config: "VllmConfig") -> None:
     speculation.join(config)
 
 
-def _model_reasons(model: "ModelConfig") -> list[str]:
+def _draft_model_reasons(config: "VllmConfig") -> list[str]:
+    draft = speculation.draft_model_of(config)
+    if draft is None:
+        return []
+    return [f"the draft model: {reason}" for reason in _model_reasons(draft, "draft")]
+
+
+def _model_reasons(model: "ModelConfig", runner_type: str) -> list[str]:
     reasons = []
-    if model.runner_type != "generate":
+    if model.runner_type != runner_type:
         reasons.append(f"runner {model.runner_type!r}: only text generation is served")
     if model.is_encoder_decoder:
         reasons.append("an encoder-decoder model: LM-Infinite is defined for decoders")
@@ -138,6 +146,10 @@ def _model_reasons(model: "ModelConfig") -> list[str]:
     if getattr(model.hf_text_config, "dual_chunk_attention_config", None) is not None:
         reasons.append(
             f"{layers}: dual chunk attention: it scores distances of its own choice, chunk by chunk"
+        )
+    if model.multimodal_config is not None and not model.multimodal_config.language_model_only:
+        reasons.append(
+            "images, audio or video beside text: never tested; --language-model-only serves the text"
         )
     if model.is_attention_free or model.is_hybrid:
         reasons.append("state-space layers (Mamba and the like): they have no window")

@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from tests.kv_cache.simulation import make_spec
+from tests.kv_cache.simulation import Simulation, make_spec
 from vllm_lminf.kv_cache.manager import LambdaManager
 from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import LambdaPattern
@@ -78,6 +78,23 @@ def test_cap_is_the_bound_of_the_pattern(in_flight: int, length: int, retained: 
     assert spec.max_admission_blocks_per_request(in_flight, length) == (
         spec.pattern.max_blocks_held(16, in_flight, length, retained)
     )
+
+
+@pytest.mark.parametrize("first_chunk", range(1, 32))
+def test_cap_has_room_for_the_slots_of_a_draft_model(first_chunk: int) -> None:
+    """However its steps lie on blocks, a request of many caps runs in a pool of one."""
+    num_lookahead, in_flight = 20, 32
+    spec = replace(make_spec(10, 64, 16), num_lookahead_tokens=num_lookahead)
+    cap = spec.max_admission_blocks_per_request(in_flight, 10**6)
+    simulation = Simulation(spec, cap, in_flight, enable_caching=False)
+    request = simulation.request(list(range(1000)))
+    chunk = first_chunk
+    while request.num_computed_tokens < request.num_tokens:
+        chunk = min(chunk, request.num_tokens - request.num_computed_tokens)
+        assert simulation.kv.allocate_slots(request, chunk, num_lookahead_tokens=num_lookahead)
+        request.num_computed_tokens += chunk
+        # vLLM keeps one token of a step's budget for the draft model.
+        chunk = in_flight - 1
 
 
 def test_worker_keeps_the_whole_block_table() -> None:
