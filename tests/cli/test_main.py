@@ -11,19 +11,23 @@ from vllm_lminf.cli.main import build_parser, main
 HEAVY = ("vllm", "torch", "transformers", "matplotlib", "rich", "numpy")
 
 
-def test_help_loads_nothing_heavy() -> None:
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("eval", "--distance-limit"), ("bench kernel", "--small")],
+)
+def test_help_loads_nothing_heavy(command: str, option: str) -> None:
     code = (
         "import sys\n"
         "from vllm_lminf.cli.main import main\n"
         "try:\n"
-        "    main(['eval', '--help'])\n"
+        f"    main({[*command.split(), '--help']})\n"
         "except SystemExit as stop:\n"
         "    assert stop.code == 0\n"
         f"print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--distance-limit" in done.stdout
+    assert option in done.stdout
     assert done.stderr.strip() == "[]"
 
 

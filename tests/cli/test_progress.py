@@ -17,9 +17,9 @@ def test_plain_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     with display(console, ["LMINF"], 4096) as shown:
         shown.show("LMINF", {"event": "phase", "text": "scoring"})
         now += 1
-        shown.show("LMINF", {"event": "progress", "tokens": 1024})
+        shown.show("LMINF", {"event": "progress", "done": 1024})
         now += 10
-        shown.show("LMINF", {"event": "progress", "tokens": 2048})
+        shown.show("LMINF", {"event": "progress", "done": 2048})
         shown.finish("LMINF")
     assert out.getvalue().splitlines() == [
         "[   0 s] LMINF: scoring",
@@ -33,7 +33,7 @@ def test_bars_on_a_terminal() -> None:
     console = Console(file=out, force_terminal=True, width=120)
     with display(console, ["full attention", "LMINF"], 4096) as shown:
         shown.show("full attention", {"event": "phase", "text": "scoring"})
-        shown.show("full attention", {"event": "progress", "tokens": 2048})
+        shown.show("full attention", {"event": "progress", "done": 2048})
         shown.finish("full attention")
     text = out.getvalue()
     for words in ("full attention", "4096/4096", "done", "waiting"):

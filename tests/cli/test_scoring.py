@@ -118,7 +118,7 @@ def test_scoring_reads_nll_time_and_blocks_of_every_chunk(job: ScoringJob) -> No
     assert nll == [float(i) for i in range(1, 20)]
     assert [(s.tokens, s.kv_blocks) for s in steps] == [(8, 2), (16, 4), (20, 5)]
     assert steps[0].seconds < steps[1].seconds < steps[2].seconds
-    assert [fields["tokens"] for _, fields in answers.events] == [8, 16, 20]
+    assert [fields["done"] for _, fields in answers.events] == [8, 16, 20]
 
 
 def test_warming_up_leaves_no_prefix_behind(job: ScoringJob) -> None:

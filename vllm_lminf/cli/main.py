@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from vllm_lminf.cli import eval as eval_command
+from vllm_lminf.cli.bench import command as bench_command
 from vllm_lminf.cli.errors import CliError
 
-COMMANDS: dict[str, ModuleType] = {"eval": eval_command}
+COMMANDS: dict[str, ModuleType] = {"eval": eval_command, "bench": bench_command}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ class Display(Protocol):
     """Where an engine's events are shown."""
 
     def show(self, engine: str, event: Event) -> None:
-        """Show one event of an engine: a new phase, or tokens done."""
+        """Show one event: a new phase, or how much is done."""
 
     def finish(self, engine: str) -> None:
         """Say that the engine has done all its work."""
@@ -29,16 +29,17 @@ class Display(Protocol):
 class Lines:
     """Plain lines, for logs and pipes."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, total: int, unit: str) -> None:
         self._console = console
         self._total = total
+        self._unit = unit
         self._begin = self._last = time.monotonic()
 
     def show(self, engine: str, event: Event) -> None:
         if event["event"] == "phase":
             self._print(f"{engine}: {event['text']}")
         elif time.monotonic() - self._last >= LINE_SECONDS:
-            self._print(f"{engine}: {event['tokens']} of {self._total} tokens")
+            self._print(f"{engine}: {event['done']} of {self._total} {self._unit}")
 
     def finish(self, engine: str) -> None:
         self._print(f"{engine}: done")
@@ -49,9 +50,9 @@ class Lines:
 
 
 class Bars:
-    """One bar per engine; its length is the tokens that the engine has scored."""
+    """One bar per engine; its length is what the engine has done."""
 
-    def __init__(self, console: Console, engines: Sequence[str], total: int) -> None:
+    def __init__(self, console: Console, engines: Sequence[str], total: int, unit: str) -> None:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -65,7 +66,7 @@ class Bars:
             TextColumn("{task.description:>15}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("tokens"),
+            TextColumn(unit),
             TimeElapsedColumn(),
             TextColumn("{task.fields[phase]}"),
             console=console,
@@ -81,7 +82,7 @@ class Bars:
             self.progress.start_task(task)
             self.progress.update(task, phase=event["text"])
         else:
-            self.progress.update(task, completed=event["tokens"])
+            self.progress.update(task, completed=event["done"])
 
     def finish(self, engine: str) -> None:
         task = self._tasks[engine]
@@ -90,11 +91,13 @@ class Bars:
 
 
 @contextmanager
-def display(console: Console, engines: Sequence[str], total: int) -> Iterator[Display]:
-    """Show the progress of ``engines``, each of which scores ``total`` tokens."""
+def display(
+    console: Console, engines: Sequence[str], total: int, unit: str = "tokens"
+) -> Iterator[Display]:
+    """Show the progress of ``engines``, each of which has ``total`` of a unit to do."""
     if not console.is_terminal:
-        yield Lines(console, total)
+        yield Lines(console, total, unit)
         return
-    bars = Bars(console, engines, total)
+    bars = Bars(console, engines, total, unit)
     with bars.progress:
         yield bars

@@ -134,7 +134,7 @@ class ScoringEngine:
             done = min((len(steps) + 1) * self.job.chunk, len(token_ids))
             if not steps or steps[-1].tokens < len(token_ids):
                 steps.append(PrefillStep(done, seconds, self.kv_blocks_in_use()))
-                answers.send("progress", tokens=done)
+                answers.send("progress", done=done)
                 if bool(outputs) != (done == len(token_ids)):
                     raise RuntimeError(
                         f"the engine did not take {self.job.chunk} tokens a step: "

@@ -1,0 +1,1 @@
+"""``vllm-lminf bench``: what Λ-attention costs beside vLLM's own attention."""

@@ -1,0 +1,35 @@
+"""Times functions that take turns, so that whatever slows the machine down slows all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+
+def time_in_turns(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    turn_seconds: float,
+    on_round: Callable[[], None],
+) -> dict[str, list[float]]:
+    """Return the seconds of one call of each function, in every round.
+
+    A turn repeats its function until about ``turn_seconds`` have passed. Every round begins with
+    another function, so that none always follows the same one.
+    """
+    repeats = {name: max(1, round(turn_seconds / _seconds(run, 1))) for name, run in runs.items()}
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(_seconds(runs[name], repeats[name]))
+        on_round()
+    return seconds
+
+
+def _seconds(run: Callable[[], object], repeats: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - begin) / repeats
