@@ -39,7 +39,7 @@ from vllm.v1.request import Request
 from tests.kv_cache.model import Layers, Running
 from tests.kv_cache.simulation import make_spec
 
-DEFAULT_ACTIONS = 12_000
+DEFAULT_ACTIONS = 20_000
 ACTIONS = int(os.environ.get("LMINF_TEST_ACTIONS", DEFAULT_ACTIONS))
 ACTIONS_PER_POOL = 80
 
@@ -114,10 +114,10 @@ def setups(draw: st.DrawFn) -> Setup:
         n_local = draw(st.sampled_from([1, 2, size, size + 1, 7, 2 * size + 3, long_window]))
         return Group(Layers(n_global if is_ours else 0, n_local, size), is_ours)
 
-    others = draw(st.sampled_from([(), (), (True,), (False,), (False, True)]))
+    others = draw(st.sampled_from([(), (), (), (), (True,), (True,), (False,), (False, True)]))
     return Setup(
         groups=tuple(group(is_ours) for is_ours in draw(st.permutations([True, *others]))),
-        room_for=draw(st.sampled_from([(1, 0), (1, 1), (1, 4), (2, -1), (2, 0), (3, -1)])),
+        room_for=draw(st.sampled_from([(1, 0), (1, 1), (1, 4), (2, -1), (2, -1), (2, 0), (3, -1)])),
         chunk=draw(st.sampled_from([1, 2, 5, 12, 33])),
         num_ahead=draw(st.sampled_from([1, 1, 2, 3])),
         num_lookahead=draw(st.sampled_from([0, 0, 3])),
