@@ -149,7 +149,7 @@ def _model_reasons(model: "ModelConfig", runner_type: str) -> list[str]:
         )
     if model.multimodal_config is not None and not model.multimodal_config.language_model_only:
         reasons.append(
-            "images, audio or video beside text: never tested; --language-model-only serves the text"
+            "images, audio, video: never tested; --language-model-only serves a model's text alone"
         )
     if model.is_attention_free or model.is_hybrid:
         reasons.append("state-space layers (Mamba and the like): they have no window")

@@ -52,6 +52,21 @@ def build(config: VllmConfig, batch: CommonAttentionMetadata) -> LambdaMetadata:
     return LambdaMetadataBuilder(spec, ["layer"], config, CPU).build(0, batch)
 
 
+class Attention(nn.Module):
+    """Stands around an attention layer, as a model's module does."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1))
+        rope = {"rope_theta": 1e4, "rope_type": "default"}
+        self.rotary_emb = get_rope(64, 1024, True, rope, dtype=torch.float32)
+        self.attn = layer
+
+    def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Any:
+        """The rotated queries and keys."""
+        return self.rotary_emb(positions, query, key)
+
+
 class TestSpec:
     def test_full_attention_becomes_the_pattern(self) -> None:
         make_impl()
@@ -69,6 +84,11 @@ class TestSpec:
         make_impl()
         with pytest.raises(UnsupportedError, match=type(spec).__name__):
             LambdaAttentionBackend.customize_spec(spec)
+
+    def test_values_of_another_size_than_keys_are_refused(self) -> None:
+        make_impl()
+        with pytest.raises(UnsupportedError, match="keys of 64 dimensions and values of 32"):
+            LambdaAttentionBackend.customize_spec(replace(FULL, head_size_v=32))
 
     def test_a_window_of_the_models_own_stays(self) -> None:
         make_impl()
@@ -145,11 +165,7 @@ class TestLayer:
         impl = make_impl()
         layer = nn.Module()
         layer.impl, layer.layer_name = impl, "layer"
-        parent = nn.Module()
-        parent.weight = nn.Parameter(torch.empty(1))
-        rope = {"rope_theta": 1e4, "rope_type": "default"}
-        parent.rotary_emb = get_rope(64, 1024, True, rope, dtype=torch.float32)
-        parent.attn = layer
+        parent = Attention(layer)
         impl.process_weights_after_loading(torch.float32)
 
         length = 700
@@ -161,7 +177,7 @@ class TestLayer:
             batch = describe([(start, end - start)], padding=2)
             metadata = build(config, batch)
             positions = torch.arange(start, end)
-            turned = parent.rotary_emb(positions, *(x[start:end].clone() for x in (query, key)))
+            turned = parent(positions, *(x[start:end].clone() for x in (query, key)))
             slots = batch.block_table_tensor[0, positions // 16].long() * 16 + positions % 16
             impl.do_kv_cache_update(layer, turned[1], value[start:end], cache, slots)
             rows = torch.cat((turned[0], torch.full((2, 4, 64), torch.nan)))

@@ -1,11 +1,12 @@
-"""What a request may ask for beside plain tokens: each gives what it would without the Λ's gaps.
+"""What a request or an engine may ask for beside plain tokens.
 
-Every log-probability is compared with the oracle's of the same tokens, in float32, on prompts of
-several windows.
+A request's log-probabilities are compared with the oracle's of the same tokens, in float32, on
+prompts of several windows. What an engine isn't served with is refused when it starts, by name.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -13,14 +14,18 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
+from vllm.config import KVTransferConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
 from tests.engine.conftest import Engine, block_pool
+from tests.engine.families import make_config
 from tests.engine.oracle_model import oracle_distributions, oracle_logprobs, save_tiny_llama
-from tests.engine.test_exactness import TOLERANCE, random_prompts
+from tests.engine.test_exactness import TOLERANCE, engine_logprobs, random_prompts
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.startup import UnsupportedError, check
 
 pytestmark = pytest.mark.engine
 
@@ -152,3 +157,118 @@ class TestRequests:
         assert of_rows.token_ids == of_tokens.token_ids
         assert of_rows.logprobs == of_tokens.logprobs
         assert_logprobs_are_the_oracles(model, PROMPT, of_tokens)
+
+
+GEMMA_3N = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "num_key_value_heads": 2,
+    "vocab_size_per_layer_input": 512,
+    "hidden_size_per_layer_input": 16,
+    "laurel_rank": 8,
+    "activation_sparsity_pattern": None,
+    "tie_word_embeddings": True,
+}
+FP8_CACHE = {
+    "quant_method": "compressed-tensors",
+    "format": "dense",
+    "config_groups": {},
+    "ignore": ["lm_head"],
+    "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+}
+CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+
+
+class TestRefusals:
+    """Real starts: the reason comes before a token is asked for."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+            ({"kv_offloading_size": 1.0}, r"a KV connector \(OffloadingConnector"),
+            ({"kv_transfer_config": CONNECTOR}, r"a KV connector \(ExampleConnector"),
+            ({"runner": "pooling"}, "runner 'pooling': only text generation is served"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_features(
+        self, engine: Engine, tmp_path: Path, arguments: dict[str, Any], message: str
+    ) -> None:
+        make_config("LlamaConfig", {}).save_pretrained(tmp_path)
+        with pytest.raises(UnsupportedError, match=message), engine(tmp_path, **arguments):
+            pass
+
+    @pytest.mark.parametrize(
+        ("config_class", "settings", "message"),
+        [
+            ("JambaConfig", {"num_key_value_heads": 2}, "state-space layers"),
+            (
+                "Gemma3nTextConfig",
+                GEMMA_3N,
+                r"KV sharing between layers \(here with \S*layers\.[01]\.self_attn\.attn\)",
+            ),
+            ("LlamaConfig", {"quantization_config": FP8_CACHE}, "kv_cache_dtype not supported"),
+        ],
+        ids=["hybrid Mamba", "KV sharing", "fp8 cache asked for by a checkpoint"],
+    )
+    def test_models(
+        self,
+        engine: Engine,
+        tmp_path: Path,
+        config_class: str,
+        settings: dict[str, Any],
+        message: str,
+    ) -> None:
+        make_config(config_class, settings).save_pretrained(tmp_path)
+        with (
+            pytest.raises(ValueError, match=f"LMINF can't serve(.|\n)*{message}"),
+            engine(tmp_path, load_format="dummy"),
+        ):
+            pass
+
+    def test_heads_that_are_turned_in_part(
+        self, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """DeepSeek V2 without MLA: the last part of each head is turned, the first is not."""
+        monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+        heads = {"qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
+        settings = heads | {"first_k_dense_replace": 2}
+        make_config("DeepseekV2Config", settings).save_pretrained(tmp_path)
+        with (
+            pytest.raises(
+                UnsupportedError, match=r"layer \S+attn: .* 16 dimensions .* heads of 48"
+            ),
+            engine(tmp_path, load_format="dummy"),
+        ):
+            pass
+
+    def test_sleep_mode(self, tmp_path: Path) -> None:
+        """vLLM offers it on no CPU, so the configuration is changed after it has been built."""
+        make_config("LlamaConfig", {}).save_pretrained(tmp_path)
+        arguments = EngineArgs(str(tmp_path), skip_tokenizer_init=True, attention_backend="LMINF")
+        config = arguments.create_engine_config()
+        config.model_config.enable_sleep_mode = True
+        with pytest.raises(UnsupportedError, match="--enable-sleep-mode"):
+            check(config)
+
+    def test_multimodal_models(self, engine: Engine, tmp_path: Path) -> None:
+        """Refused with audio, served without."""
+        text = make_config("Qwen2Config", {"num_key_value_heads": 2}).to_dict()
+        audio = {"encoder_layers": 1, "encoder_attention_heads": 2, "d_model": 32}
+        transformers.Qwen2AudioConfig(
+            text_config=text,
+            audio_config=audio,
+            architectures=["Qwen2AudioForConditionalGeneration"],
+        ).save_pretrained(tmp_path)
+        with (
+            pytest.raises(UnsupportedError, match=r"audio .* --language-model-only"),
+            engine(tmp_path, load_format="dummy"),
+        ):
+            pass
+        with engine(
+            tmp_path, load_format="dummy", language_model_only=True, max_model_len=1000
+        ) as llm:
+            ((tokens, _),) = engine_logprobs(llm, [PROMPT], 8)
+            assert len(tokens) == len(PROMPT) + 8

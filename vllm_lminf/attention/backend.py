@@ -71,6 +71,9 @@ class LambdaAttentionBackend(AttentionBackend):
             own_window = None
         else:
             raise UnsupportedError([f"a KV cache of kind {spec}: not served"])
+        if spec.head_size_v != spec.head_size:
+            sizes = f"keys of {spec.head_size} dimensions and values of {spec.head_size_v}"
+            raise UnsupportedError([f"{sizes}: not served"])
         engine = LambdaAttentionImpl.built_last.engine
         return LambdaSpec.of(spec, cache_pattern(engine, own_window), engine.num_lookahead_tokens)
 

@@ -38,7 +38,9 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
     ) -> None:
         unserved = {
             f"attention of type {attn_type!r}": attn_type != AttentionType.DECODER,
-            "KV sharing between layers": kv_sharing_target_layer_name is not None,
+            f"KV sharing between layers (here with {kv_sharing_target_layer_name})": (
+                kv_sharing_target_layer_name is not None
+            ),
             **{
                 f"the layer argument {name!r}": value is not None for name, value in unknown.items()
             },
