@@ -175,6 +175,22 @@ def test_layers_that_share_a_module_share_its_replacement() -> None:
     assert first.rotary_emb is second.rotary_emb is exact
 
 
+def test_models_with_other_limits_share_no_replacement(stock_config: VllmConfig) -> None:
+    """vLLM makes one module for both, a model and its draft for instance."""
+    parameters = {
+        "rope_type": "longrope",
+        "short_factor": [1.5] * 32,
+        "long_factor": [3.0] * 32,
+        "original_max_position_embeddings": 256,
+    }
+    with set_current_vllm_config(stock_config):
+        module = make_rope(parameters)
+    short, long = (
+        make_exact(Attention(rotary_emb=module), "layer", CPU, limit) for limit in (256, 257)
+    )
+    torch.testing.assert_close(short.spec.inv_freq, 2 * long.spec.inv_freq)
+
+
 def test_replacing_twice_is_replacing_once() -> None:
     parent = Attention(rotary_emb=make_rope(SERVED["default"]))
     exact = make_exact(parent, "layer", CPU, LIMIT)

@@ -231,17 +231,21 @@ def make_exact(
     ((name, module),) = found.items()
     if isinstance(module, ExactRotaryEmbedding):
         return module
-    exact = _exact_twins.get(module)
+    twins = _exact_twins.setdefault(module, {})
+    exact = twins.get((distance_limit, compiled))
     if exact is None:
         spec = read_spec(module, layer_name, distance_limit)
         exact = ExactRotaryEmbedding(spec, module.head_size, device, compiled)
-        _exact_twins[module] = exact
+        twins[distance_limit, compiled] = exact
     setattr(parent, name, exact)
     return exact
 
 
-_exact_twins: weakref.WeakKeyDictionary[nn.Module, ExactRotaryEmbedding]
-_exact_twins = weakref.WeakKeyDictionary()
+# vLLM hands one rotary module to every model in a process that asks for the same rotation, a draft
+# model among them, whose distance limit may be another.
+_exact_twins: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, bool], ExactRotaryEmbedding]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def read_spec(module: Any, layer_name: str, distance_limit: int) -> RotarySpec:
