@@ -2,6 +2,7 @@
 
 import re
 
+import openai
 import pytest
 
 from tests.server.conftest import BLOCK_SIZE, TINY_PATTERN, Server
@@ -24,30 +25,45 @@ def test_settings_and_help(tiny_server: Server) -> None:
         assert f"# TYPE {name} {kind}\n" in page
 
 
-def test_numbers_follow_a_long_request(tiny_server: Server) -> None:
-    """While 300 tokens of an answer to 1000 stream by, and after."""
-    before = tiny_server.wait_until_idle()
-    prompt, answer = 1000, 300
-    stream = tiny_server.client().completions.create(
+def open_stream(server: Server, token: int, prompt: int, answer: int) -> openai.Stream:
+    """A prompt of one token over and over, of which nothing is in the prefix cache yet."""
+    return server.client().completions.create(
         model="tiny",
-        prompt=[7] * prompt,
+        prompt=[token] * prompt,
         max_tokens=answer,
-        temperature=0,
         stream=True,
         extra_body={"ignore_eos": True},
     )
+
+
+def test_gauges_follow_a_long_request(tiny_server: Server) -> None:
+    """While its answer streams by; they are never ahead of the tokens that the server counts."""
+    prompt = 1000
     seen = TINY_PATTERN.n_global + TINY_PATTERN.n_local - 1
-    outside = []
-    for received, _ in enumerate(stream, start=1):
-        if received % 50 == 0:
+    before = tiny_server.wait_until_idle()["vllm:generation_tokens_total"]
+    outside = [0.0]
+    with open_stream(tiny_server, 7, prompt, answer=15_000) as stream:
+        for received, _ in enumerate(stream):
+            if received % 20:
+                continue
             values = tiny_server.metrics()
-            if not values["vllm:num_requests_running"]:
-                break  # the engine is ahead of this client
+            assert values["vllm:num_requests_running"] == 1
             assert values[PINNED] == TINY_PATTERN.num_pinned_blocks(BLOCK_SIZE)
             outside.append(values[OUTSIDE])
-    assert outside == sorted(outside)
-    assert outside[0] >= prompt - seen
-    assert outside[-1] < prompt + answer - seen
+            # From a second page: numbers on one page are read one after the other.
+            generated = tiny_server.metrics()["vllm:generation_tokens_total"] - before
+            assert outside[-2] <= outside[-1] <= prompt + generated - seen
+            if outside[-1] > prompt + 50 - seen:
+                break
+        else:
+            pytest.fail(f"at the end {outside[-1]} tokens were outside")
+    tiny_server.wait_until_idle()
+
+
+def test_every_freed_block_is_counted_once(tiny_server: Server) -> None:
+    before = tiny_server.wait_until_idle()
+    prompt, answer = 1000, 300
+    assert sum(1 for _ in open_stream(tiny_server, 8, prompt, answer)) > 0
     after = tiny_server.wait_until_idle()
     # The last query is at the last but one position: the answer's last token is never computed.
     behind_last_window = TINY_PATTERN.freed_blocks(prompt + answer - 2, BLOCK_SIZE)
