@@ -99,6 +99,11 @@ class TestDraftModel:
         assert pattern_being_built(draft_config) == LambdaPattern(10, half, half)
 
 
+def test_medusa_drafts_beyond_its_trained_length(model: Path) -> None:
+    drafter = build(model, drafters.medusa(model)).speculative_config
+    assert drafter.draft_model_config.max_model_len == MILLION
+
+
 @pytest.mark.parametrize(
     ("pattern", "trained_length", "expected"),
     [

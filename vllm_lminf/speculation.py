@@ -97,14 +97,15 @@ def reasons_against(config: "VllmConfig") -> list[str]:
 
 
 def join(config: "VllmConfig") -> None:
-    """Makes a draft model part of the engine: same backend, same length.
+    """Makes a drafter part of the engine: same backend, same length.
 
-    vLLM chooses a draft model's backend by itself, and ends drafting where a sequence outgrows the
-    draft's trained length, which the Λ doesn't need.
+    vLLM chooses a drafter's backend by itself, and ends drafting for the whole batch where one
+    sequence outgrows the drafter's trained length, which the Λ doesn't need.
     """
     drafter = config.speculative_config
-    if drafter is None or not drafter.uses_draft_kv_cache():
+    if drafter is None:
         return
-    drafter.attention_backend = config.attention_config.backend
-    if drafter.max_model_len is None:
+    if drafter.uses_draft_kv_cache():
+        drafter.attention_backend = config.attention_config.backend
+    if drafter.draft_model_config is not None and drafter.max_model_len is None:
         drafter.draft_model_config.max_model_len = config.model_config.max_model_len
