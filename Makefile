@@ -18,10 +18,11 @@ VENV_STAMP := $(VENV)/.installed
 MODEL      := build/models/SmolLM2-135M-Instruct
 TEXT       := examples/data/alice.txt
 DEMO       := build/demo
+BENCH      := build/bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo test families serve lint format clean
+.PHONY: help venv model demo test families bench serve lint format clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +61,11 @@ test: venv model  ## lint, check types and run every test
 families: venv  ## test every model family, and write what was measured into the README's table
 	$(BIN)/pytest tests/engine/test_families.py -k "not readme" $(PYTEST_ARGS)
 	$(BIN)/python -m tests.engine.families_table
+
+bench: venv model  ## time LMINF beside vLLM's own attention, and write the README's tables of speed
+	$(BIN)/vllm-lminf bench kernel --output $(BENCH)/kernel
+	$(BIN)/vllm-lminf bench engine --model $(MODEL) --output $(BENCH)/engine
+	$(BIN)/python -m tests.cli.speed_tables
 
 # Eager, because vLLM compiles a model for CPUs anew at every start, which takes minutes on two
 # cores; SERVE_ARGS=--no-enforce-eager has it compiled. The cache holds about seven requests of any

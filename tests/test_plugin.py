@@ -408,3 +408,13 @@ class TestHooks:
         for value, meaning in (("1", True), ("0", False)):
             monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", value)
             assert vllm.envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN is meaning
+
+    def test_variables_are_read_beside_an_engine_that_runs(self, model_path: str) -> None:
+        """Which has made vLLM remember them: a max_model_len beyond the trained one was refused."""
+        plugin.register()
+        vllm.envs.enable_envs_cache()
+        try:
+            args = EngineArgs(model_path, attention_backend="LMINF", max_model_len=100_000)
+            assert args.create_engine_config().model_config.max_model_len == 100_000
+        finally:
+            vllm.envs.disable_envs_cache()

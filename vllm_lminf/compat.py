@@ -238,9 +238,14 @@ def _wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
 
 @contextmanager
 def _variable(name: str, value: str) -> Iterator[None]:
-    """Sets an environment variable for a while."""
+    """Sets an environment variable of vLLM's for a while.
+
+    An engine that has started in this process made vLLM remember all its variables. It is made to
+    look again, as it does between engines of its own tests; the next engine makes it remember anew.
+    """
     before = os.environ.get(name)
     os.environ[name] = value
+    vllm.envs.disable_envs_cache()
     try:
         yield
     finally:

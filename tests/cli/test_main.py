@@ -13,7 +13,7 @@ HEAVY = ("vllm", "torch", "transformers", "matplotlib", "rich", "numpy")
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [("eval", "--distance-limit"), ("bench kernel", "--small")],
+    [("eval", "--distance-limit"), ("bench kernel", "--small"), ("bench engine", "--pool")],
 )
 def test_help_loads_nothing_heavy(command: str, option: str) -> None:
     code = (

@@ -35,6 +35,13 @@ def beside_parts(result: CaseResult) -> Spread:
     return Spread.of_ratios(result.seconds[SHOWN], parts)
 
 
+def mixed_ratios(cases: list[CaseResult]) -> str:
+    """`beside_parts` of every mixed batch, in words."""
+    return ", ".join(
+        f"{beside_parts(case)} ({case.case.heads})" for case in cases if case.case.is_mixed
+    )
+
+
 def rotation_ratio(result: RotationResult) -> Spread:
     """The time of LMINF's rotation over that of vLLM's own."""
     return Spread.of_ratios(result.seconds[LMINF_ROTARY], result.seconds[VLLM_ROTARY])

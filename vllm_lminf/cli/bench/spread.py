@@ -28,5 +28,10 @@ class Spread:
         """The spread of the ratios of each round: what drifts from round to round cancels out."""
         return cls.of([a / b for a, b in zip(numerators, denominators, strict=True)])
 
+    def text(self, decimals: int) -> str:
+        """The median, and the quartiles in brackets."""
+        median, low, high = (f"{v:.{decimals}f}" for v in (self.median, self.low, self.high))
+        return f"{median} ({low}–{high})"
+
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+        return self.text(2 if self.median < 10 else 1)
