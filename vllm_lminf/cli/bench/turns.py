@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
+TRIALS = 3
+"""Calls of every function before the first round."""
+
 
 def time_in_turns(
     runs: Mapping[str, Callable[[], object]],
@@ -17,7 +20,7 @@ def time_in_turns(
     A turn repeats its function until about ``turn_seconds`` have passed. Every round begins with
     another function, so that none always follows the same one.
     """
-    repeats = {name: max(1, round(turn_seconds / _seconds(run, 1))) for name, run in runs.items()}
+    repeats = {name: _repeats(run, turn_seconds) for name, run in runs.items()}
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
@@ -26,6 +29,11 @@ def time_in_turns(
             seconds[name].append(_seconds(runs[name], repeats[name]))
         on_round()
     return seconds
+
+
+def _repeats(run: Callable[[], object], turn_seconds: float) -> int:
+    """How often to call a function in a turn, by its fastest call: one may be interrupted."""
+    return max(1, round(turn_seconds / min(_seconds(run, 1) for _ in range(TRIALS))))
 
 
 def _seconds(run: Callable[[], object], repeats: int) -> float:
