@@ -263,7 +263,7 @@ class TestRefusals:
             architectures=["Qwen2AudioForConditionalGeneration"],
         ).save_pretrained(tmp_path)
         with (
-            pytest.raises(UnsupportedError, match=r"audio .* --language-model-only"),
+            pytest.raises(UnsupportedError, match=r"audio.* --language-model-only"),
             engine(tmp_path, load_format="dummy"),
         ):
             pass

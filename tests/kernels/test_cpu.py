@@ -340,8 +340,27 @@ class TestRotation:
         CpuRotation(torch.cat((cos, sin), dim=-1), 32, True).turn(x)
         torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_queries_and_keys_at_once(self, dtype: torch.dtype) -> None:
+        """Parts of one tensor, and after them tensors of another layout."""
+        cos, sin = RotationTables(make_rotary(32).inv_freq)(torch.arange(5))
+        rotation = CpuRotation(torch.cat((cos, sin), dim=-1), 32, True)
+        for whole in (torch.randn(5, 6 * 32), torch.randn(5, 9 * 32)):
+            query, key = whole.to(dtype).split([whole.shape[1] - 64, 64], dim=1)
+            exact = [rotate(x.double().view(5, -1, 32), cos, sin, True) for x in (query, key)]
+            rotation.turn(query, key.view(5, 2, 32))
+            for turned, expected in zip((query, key), exact, strict=True):
+                assert_close(turned.view(5, -1, 32), expected, 4 * torch.finfo(dtype).eps)
+
+    def test_no_tokens(self) -> None:
+        CpuRotation(torch.empty(0, 32), 32, True).turn(torch.empty(0, 64), torch.empty(0, 32))
+
     def test_other_tensors_are_refused(self) -> None:
         cos_sin = torch.ones(4, 32)
+        with pytest.raises(ValueError, match="fit"):
+            CpuRotation(cos_sin, 32, True).turn(torch.ones(3, 64))
+        with pytest.raises(ValueError, match="fit"):
+            CpuRotation(cos_sin, 32, True).turn(torch.ones(4, 64), torch.ones(4, 64).half())
         with pytest.raises(ValueError, match="float32"):
             CpuRotation(cos_sin.double(), 32, True)
         with pytest.raises(ValueError, match="lie together"):

@@ -81,9 +81,7 @@ class ExactRotaryEmbedding(nn.Module):
             turned = self._turn_by_operator(query, cos_sin)
             return turned, None if key is None else self._turn_by_operator(key, cos_sin)
         rotation = self._of_step(positions, self._compute_rotation)
-        rotation.turn(query)
-        if key is not None:
-            rotation.turn(key)
+        rotation.turn(query, key)
         return query, key
 
     def _of_step(self, positions: torch.Tensor, compute: Callable[[torch.Tensor], T]) -> T:

@@ -65,6 +65,23 @@ class _Layer(ctypes.Structure):
     ]
 
 
+class _Rotation(ctypes.Structure):
+    """`LminfRotation` of native/interface.h."""
+
+    _fields_: ClassVar = [
+        ("cos_sin", _POINTER),
+        ("num_tokens", _INT64),
+        ("rotary_half", _INT64),
+        ("head_size", _INT64),
+        ("query_stride", _INT64),
+        ("num_heads", _INT64),
+        ("key_stride", _INT64),
+        ("num_kv_heads", _INT64),
+        ("is_neox_style", _INT32),
+        ("dtype", _INT32),
+    ]
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """The compiled kernels, with their signatures.
@@ -77,10 +94,7 @@ def load() -> ctypes.CDLL:
     for function, arguments in (
         (library.lminf_attention, (batch, layer)),
         (library.lminf_write_cache, (layer, *(_POINTER, _INT64) * 2, _POINTER, _INT64)),
-        (
-            library.lminf_rotate,
-            (_POINTER, _INT64, _INT64, _INT32, _INT64, _INT64, _POINTER, _INT64, _INT32),
-        ),
+        (library.lminf_rotate, (_POINTER, _POINTER, ctypes.POINTER(_Rotation))),
     ):
         function.argtypes, function.restype = arguments, None
     return library
@@ -274,20 +288,47 @@ class CpuRotation:
         if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
             raise ValueError(f"cos_sin is {cos_sin.dtype}: it must be float32, and contiguous")
         self._keep = cos_sin
-        self._head_size = head_size
         self._rotate = load().lminf_rotate
-        num_tokens, rotary_dim = cos_sin.shape
-        self._constant = num_tokens, head_size, cos_sin.data_ptr(), rotary_dim // 2, is_neox_style
+        self._struct = _Rotation(
+            cos_sin=cos_sin.data_ptr(),
+            num_tokens=cos_sin.shape[0],
+            rotary_half=cos_sin.shape[1] // 2,
+            head_size=head_size,
+            is_neox_style=is_neox_style,
+        )
+        self._argument = ctypes.byref(self._struct)
+        self._layout: tuple[object, ...] | None = None
 
-    def turn(self, x: torch.Tensor) -> None:
-        """Turns the heads of every token in place, in float32 whatever x's dtype.
+    def turn(self, query: torch.Tensor, key: torch.Tensor | None = None) -> None:
+        """Turns the heads of every token in place, in float32 whatever their dtype.
 
         Args:
-            x: shape [num_tokens, num_heads * head_size] or [num_tokens, num_heads, head_size],
+            query: shape [num_tokens, num_heads * head_size] or [num_tokens, num_heads, head_size],
                 the heads of a token next to each other; float32, float16 or bfloat16.
+            key: the same for the key heads, or None.
         """
+        # One step's layers hand over tensors of one layout: it is looked at once.
+        layout: tuple[object, ...] = query.dtype, query.shape, query.stride()
+        if key is not None:
+            layout = *layout, key.dtype, key.shape, key.stride()
+        if layout != self._layout:
+            self._set_layout(query, key)
+            self._layout = layout
+        self._rotate(query.data_ptr(), None if key is None else key.data_ptr(), self._argument)
+
+    def _set_layout(self, query: torch.Tensor, key: torch.Tensor | None) -> None:
+        struct = self._struct
+        struct.dtype = _DTYPES[query.dtype]
+        struct.query_stride, struct.num_heads = self._rows(query, query.dtype)
+        if key is not None:
+            struct.key_stride, struct.num_kv_heads = self._rows(key, query.dtype)
+
+    def _rows(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[int, int]:
+        """Elements from one token to the next, and heads."""
+        head_size = self._struct.head_size
         stride, *inner = x.stride()
-        if inner != [1] and inner != [self._head_size, 1]:
+        if x.dtype != dtype or len(x) != self._struct.num_tokens:
+            raise ValueError(f"{len(x)} rows in {x.dtype}: they don't fit the rotation's tokens")
+        if inner != [1] and inner != [head_size, 1]:
             raise ValueError(f"strides {x.stride()}: the heads of a token must lie together")
-        num_heads = x.shape[1] if len(inner) == 2 else x.shape[1] // self._head_size
-        self._rotate(x.data_ptr(), stride, num_heads, _DTYPES[x.dtype], *self._constant)
+        return stride, x[0].numel() // head_size if len(x) else 0

@@ -527,6 +527,10 @@ inline std::vector<Unit> plan(const LminfBatch& batch, const LminfLayer& layer) 
       }
     }
   }
+  // Short units last: they fill what the long ones leave of the threads' time.
+  std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) {
+    return a.num_queries > b.num_queries;
+  });
   return units;
 }
 
@@ -537,7 +541,7 @@ void attention(const LminfBatch& batch, const LminfLayer& layer) {
   int64_t num_splits = 0, max_parts = 0, max_rows = 0;
   for (const Unit& unit : units) {
     if (unit.num_parts == 1) continue;
-    num_splits = unit.split + 1;
+    num_splits = std::max(num_splits, unit.split + 1);
     max_parts = std::max(max_parts, unit.num_parts);
     max_rows = std::max(max_rows, unit.num_queries * group_size);
   }

@@ -57,9 +57,20 @@ void lminf_write_cache(const LminfLayer* layer, const void* key, int64_t key_str
                        const void* value, int64_t value_stride, const int64_t* slots,
                        int64_t num_tokens);
 
-// Turns the leading 2 * rotary_half dimensions of every head in place.
-// cos_sin: [num_tokens, 2 * rotary_half], cosines then sines.
-void lminf_rotate(void* heads, int64_t stride, int64_t num_heads, int32_t dtype,
-                  int64_t num_tokens, int64_t head_size, const float* cos_sin,
-                  int64_t rotary_half, int32_t is_neox_style);
+// The rotation of a step's queries and keys; the same for every layer that shares it.
+struct LminfRotation {
+  const float* cos_sin;  // [num_tokens, 2 * rotary_half], cosines then sines
+  int64_t num_tokens;
+  int64_t rotary_half;
+  int64_t head_size;
+  int64_t query_stride;
+  int64_t num_heads;
+  int64_t key_stride;
+  int64_t num_kv_heads;
+  int32_t is_neox_style;
+  int32_t dtype;
+};
+
+// Turns the leading 2 * rotary_half dimensions of every head in place; key may be null.
+void lminf_rotate(void* query, void* key, const LminfRotation* rotation);
 }

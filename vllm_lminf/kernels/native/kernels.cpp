@@ -30,11 +30,7 @@ void lminf_write_cache(const LminfLayer* layer, const void* key, int64_t key_str
   });
 }
 
-void lminf_rotate(void* heads, int64_t stride, int64_t num_heads, int32_t dtype,
-                  int64_t num_tokens, int64_t head_size, const float* cos_sin,
-                  int64_t rotary_half, int32_t is_neox_style) {
-  with_type(dtype, [&](auto type) {
-    lminf::rotate<decltype(type)>(heads, stride, num_tokens, num_heads, head_size, cos_sin,
-                                  rotary_half, is_neox_style);
-  });
+void lminf_rotate(void* query, void* key, const LminfRotation* rotation) {
+  with_type(rotation->dtype,
+            [&](auto type) { lminf::rotate<decltype(type)>(query, key, *rotation); });
 }

@@ -29,14 +29,22 @@ void rotate_head(typename T::Stored* head, const float* cos, const float* sin, i
 }
 
 template <typename T>
-void rotate(void* heads, int64_t stride, int64_t num_tokens, int64_t num_heads, int64_t head_size,
-            const float* cos_sin, int64_t half, bool is_neox_style) {
-#pragma omp parallel for if (num_tokens * num_heads * half > 16384)
-  for (int64_t token = 0; token < num_tokens; ++token) {
-    const float* cos = cos_sin + token * 2 * half;
-    typename T::Stored* row = static_cast<typename T::Stored*>(heads) + token * stride;
-    for (int64_t h = 0; h < num_heads; ++h) {
-      rotate_head<T>(row + h * head_size, cos, cos + half, half, is_neox_style);
+void rotate(void* query, void* key, const LminfRotation& rotation) {
+  const int64_t half = rotation.rotary_half, head_size = rotation.head_size;
+  const int64_t num_kv_heads = key == nullptr ? 0 : rotation.num_kv_heads;
+  const int64_t work = rotation.num_tokens * (rotation.num_heads + num_kv_heads) * half;
+#pragma omp parallel for if (work > 16384)
+  for (int64_t token = 0; token < rotation.num_tokens; ++token) {
+    const float* cos = rotation.cos_sin + token * 2 * half;
+    typename T::Stored* row =
+        static_cast<typename T::Stored*>(query) + token * rotation.query_stride;
+    for (int64_t h = 0; h < rotation.num_heads; ++h) {
+      rotate_head<T>(row + h * head_size, cos, cos + half, half, rotation.is_neox_style);
+    }
+    if (key == nullptr) continue;
+    row = static_cast<typename T::Stored*>(key) + token * rotation.key_stride;
+    for (int64_t h = 0; h < num_kv_heads; ++h) {
+      rotate_head<T>(row + h * head_size, cos, cos + half, half, rotation.is_neox_style);
     }
   }
 }
