@@ -10,8 +10,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_lminf.attention import kernel
 from vllm_lminf.attention.kernel import LayerKernel, compile_layer
 from vllm_lminf.kernels import cpu
+from vllm_lminf.kernels.interface import ScoreRules
 from vllm_lminf.kernels.native import build
-from vllm_lminf.kernels.paged import ScoreRules
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.startup import UnsupportedError
 

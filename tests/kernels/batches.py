@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_lminf.kernels import cpu, paged, reference
+from vllm_lminf.kernels.interface import ScoreRules
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotarySpec, RotationTables
 
@@ -235,13 +236,13 @@ class Batch:
             self.query_start_loc,
             self.seq_lens,
             self.pattern,
-            rules=paged.ScoreRules(self.scale),
+            rules=ScoreRules(self.scale),
             far=far,
             output=output,
         )
 
     def run_cpu(
-        self, dtype: torch.dtype, far: paged.FarRotations | None, rules: paged.ScoreRules
+        self, dtype: torch.dtype, far: paged.FarRotations | None, rules: ScoreRules
     ) -> torch.Tensor:
         """The compiled kernel's output, on a cache that it has written itself."""
         query = self.query(dtype)

@@ -12,7 +12,8 @@ from tests.kernels.batches import Batch, Case, make_batch, make_rotary
 from tests.kernels.test_paged import CASES, FAR_CASES, VERY_FAR_CASES, assert_close
 from vllm_lminf.kernels import reference
 from vllm_lminf.kernels.cpu import CpuBatch, CpuLayer, CpuRotation, serves
-from vllm_lminf.kernels.paged import ScoreRules, far_rotations
+from vllm_lminf.kernels.interface import ScoreRules
+from vllm_lminf.kernels.paged import far_rotations
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotationTables, rotate
 

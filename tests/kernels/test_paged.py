@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.kernels.batches import Batch, Case, make_batch, make_rotary
 from vllm_lminf.kernels import reference
+from vllm_lminf.kernels.interface import ScoreRules
 from vllm_lminf.kernels.paged import (
-    ScoreRules,
     _eager_attention,
     lambda_attention,
     split_cache,

@@ -12,7 +12,7 @@ from vllm_lminf.attention.metadata import LambdaMetadata, Rotary
 from vllm_lminf.attention.patterns import layer_pattern
 from vllm_lminf.attention.rotary import make_exact, parents, refuse_rotary
 from vllm_lminf.attention.rotary_use import check_use
-from vllm_lminf.kernels.paged import ScoreRules
+from vllm_lminf.kernels.interface import ScoreRules
 from vllm_lminf.startup import UnsupportedError, kernel_of, pattern_being_built
 
 

@@ -5,6 +5,7 @@ from vllm.logger import init_logger
 
 from vllm_lminf.attention.metadata import LambdaMetadata, Rotary
 from vllm_lminf.kernels import cpu, paged
+from vllm_lminf.kernels.interface import ScoreRules
 from vllm_lminf.kernels.native.build import BuildError
 from vllm_lminf.pattern import LambdaPattern
 
@@ -26,7 +27,7 @@ class LayerKernel:
         self,
         compiled: cpu.CpuLayer | None,
         pattern: LambdaPattern,
-        rules: paged.ScoreRules,
+        rules: ScoreRules,
         rotary: Rotary | None,
     ) -> None:
         self._compiled = compiled
@@ -98,7 +99,7 @@ def compile_layer(
     num_heads: int,
     num_kv_heads: int,
     head_size: int,
-    rules: paged.ScoreRules,
+    rules: ScoreRules,
 ) -> cpu.CpuLayer | None:
     """The compiled kernel for a layer, or None if PyTorch's is to run, with a warning if that is
     not what was asked for.

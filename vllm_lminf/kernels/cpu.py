@@ -11,8 +11,9 @@ from typing import ClassVar
 
 import torch
 
+from vllm_lminf.kernels.interface import ScoreRules
 from vllm_lminf.kernels.native.build import load_library
-from vllm_lminf.kernels.paged import FarRotations, ScoreRules
+from vllm_lminf.kernels.paged import FarRotations
 from vllm_lminf.pattern import LambdaPattern, cdiv
 
 _LANES = 16

@@ -14,29 +14,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vllm_lminf.kernels.interface import ScoreRules
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotationTables, rotate
 
 _MAX_TILE = 512
 _MIN_TILE = 128
-
-
-@dataclass
-class ScoreRules:
-    """How a scaled product of query and key becomes a score.
-
-    Attributes:
-        scale: factor on every product.
-        softcap: a score ``s`` becomes ``softcap * tanh(s / softcap)``; None leaves it.
-        alibi_slopes: float32 [num_heads]; a pair at distance ``d`` loses ``slope * d``, with ``d``
-            no more than the distance limit. None for no such bias.
-        sinks: [num_heads]: the score of one more key, whose value is zero. None for no such key.
-    """
-
-    scale: float
-    softcap: float | None = None
-    alibi_slopes: torch.Tensor | None = None
-    sinks: torch.Tensor | None = None
 
 
 @dataclass

@@ -39,7 +39,8 @@ from vllm_lminf.cli.bench.turns import time_in_turns
 from vllm_lminf.cli.child import Answers, serve_job
 from vllm_lminf.kernels import reference
 from vllm_lminf.kernels.cpu import CpuBatch, CpuLayer
-from vllm_lminf.kernels.paged import ScoreRules, far_rotations
+from vllm_lminf.kernels.interface import ScoreRules
+from vllm_lminf.kernels.paged import far_rotations
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotarySpec, RotationTables, rotate
 
