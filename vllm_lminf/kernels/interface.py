@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotationTables
 
 
@@ -93,3 +94,30 @@ class DeviceBatch:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     max_query_len: int
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Where a layer is to run, which decides what kernels can run it.
+
+    Attributes:
+        device_type: torch's name: "cpu" or "cuda", which stands for AMD's devices too.
+        capability: a CUDA device's compute capability; None elsewhere, AMD included.
+        heads: the layer's.
+        pattern: the layer's Λ.
+        cache_dtype: of stored keys and values.
+        block_size: tokens of a block.
+        has_rotation: whether the model has RoPE.
+        has_alibi, has_softcap, has_sinks: see `ScoreRules`.
+    """
+
+    device_type: str
+    capability: tuple[int, int] | None
+    heads: Heads
+    pattern: LambdaPattern
+    cache_dtype: torch.dtype
+    block_size: int
+    has_rotation: bool
+    has_alibi: bool = False
+    has_softcap: bool = False
+    has_sinks: bool = False
