@@ -191,8 +191,9 @@ def _kernel_reasons(config: "VllmConfig") -> list[str]:
     except SettingsError:
         return []  # told with all other settings
     on_cpu = config.device_config.device_type == "cpu"
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
     if choice == "auto" and on_cpu:
-        build.start()
+        build.start(dtype)
     if choice != "cpu":
         return []
     reasons = []
@@ -205,12 +206,12 @@ def _kernel_reasons(config: "VllmConfig") -> list[str]:
     if block_size is not None and block_size % 16 != 0:
         reasons.append(f"it takes blocks of a multiple of 16 tokens, not --block-size {block_size}")
     cache_dtype = config.cache_config.cache_dtype
-    if cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch.")):
+    if cache_dtype not in ("auto", dtype):
         reasons.append(
             f"it keeps the cache in the model's dtype, not in --kv-cache-dtype {cache_dtype}"
         )
     try:
-        build.load_library()
+        build.load_library(dtype)
     except build.BuildError as error:
         reasons.append(str(error))
     return [f"kernel 'cpu': {reason}" for reason in reasons]

@@ -7,7 +7,7 @@ The keys and values of a block are stored in an order of the kernels' own (`nati
 
 import ctypes
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,7 +17,7 @@ from vllm_lminf.kernels.paged import FarRotations
 from vllm_lminf.pattern import LambdaPattern, cdiv
 
 _LANES = 16
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
@@ -62,7 +62,6 @@ class _Layer(ctypes.Structure):
         ("sinks", _POINTER),
         ("scale", _FLOAT),
         ("softcap", _FLOAT),
-        ("dtype", _INT32),
     ]
 
 
@@ -79,18 +78,17 @@ class _Rotation(ctypes.Structure):
         ("key_stride", _INT64),
         ("num_kv_heads", _INT64),
         ("is_neox_style", _INT32),
-        ("dtype", _INT32),
     ]
 
 
 @functools.cache
-def load() -> ctypes.CDLL:
-    """The compiled kernels, with their signatures.
+def load(dtype: torch.dtype) -> ctypes.CDLL:
+    """The kernels compiled for what is stored in this dtype, with their signatures.
 
     Raises:
         BuildError: they can't be compiled here.
     """
-    library = load_library()
+    library = load_library(_DTYPES[dtype])
     batch, layer = ctypes.POINTER(_Batch), ctypes.POINTER(_Layer)
     for function, arguments in (
         (library.lminf_attention, (batch, layer)),
@@ -189,7 +187,7 @@ class CpuLayer:
                 f"{num_heads} heads over {num_kv_heads} of {head_size} dimensions in {dtype}: the "
                 "kernels take multiples of 16 in float32, float16 or bfloat16"
             )
-        self._library = load()
+        self._library = load(dtype)
         self._dtype = dtype
         self._struct = _Layer(
             num_heads=num_heads,
@@ -197,7 +195,6 @@ class CpuLayer:
             head_size=head_size,
             scale=rules.scale,
             softcap=rules.softcap or 0.0,
-            dtype=_DTYPES[dtype],
         )
         self._keep = []
         for name in ("alibi_slopes", "sinks"):
@@ -280,16 +277,12 @@ class CpuRotation:
         cos_sin: cosines, then sines; float32 [num_tokens, rotary_dim], contiguous, on the CPU.
         head_size: dimensions of a head; the leading rotary_dim of them are turned.
         is_neox_style: how pairs are laid out, see `vllm_lminf.rope.RotarySpec`.
-
-    Raises:
-        BuildError: the kernels can't be compiled here.
     """
 
     def __init__(self, cos_sin: torch.Tensor, head_size: int, is_neox_style: bool) -> None:
         if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
             raise ValueError(f"cos_sin is {cos_sin.dtype}: it must be float32, and contiguous")
         self._keep = cos_sin
-        self._rotate = load().lminf_rotate
         self._struct = _Rotation(
             cos_sin=cos_sin.data_ptr(),
             num_tokens=cos_sin.shape[0],
@@ -299,6 +292,7 @@ class CpuRotation:
         )
         self._argument = ctypes.byref(self._struct)
         self._layout: tuple[object, ...] | None = None
+        self._rotate: Any = None
 
     def turn(self, query: torch.Tensor, key: torch.Tensor | None = None) -> None:
         """Turns the heads of every token in place, in float32 whatever their dtype.
@@ -307,6 +301,9 @@ class CpuRotation:
             query: shape [num_tokens, num_heads * head_size] or [num_tokens, num_heads, head_size],
                 the heads of a token next to each other; float32, float16 or bfloat16.
             key: the same for the key heads, or None.
+
+        Raises:
+            BuildError: the kernels can't be compiled here.
         """
         # One step's layers hand over tensors of one layout: it is looked at once.
         layout: tuple[object, ...] = query.dtype, query.shape, query.stride()
@@ -319,7 +316,7 @@ class CpuRotation:
 
     def _set_layout(self, query: torch.Tensor, key: torch.Tensor | None) -> None:
         struct = self._struct
-        struct.dtype = _DTYPES[query.dtype]
+        self._rotate = load(query.dtype).lminf_rotate
         struct.query_stride, struct.num_heads = self._rows(query, query.dtype)
         if key is not None:
             struct.key_stride, struct.num_kv_heads = self._rows(key, query.dtype)

@@ -1,12 +1,14 @@
 """Compiles the C++ kernels for this machine, once; later starts load what is there.
 
-The library's name is a hash of everything that it depends on: the sources, the compiler, the flags
-and the CPU. It is written under a name of its own and then renamed, which is atomic: processes
-that start at once may both compile, and neither sees half a file.
+There is a library for each storage type, so that a model waits for its own alone: about two
+seconds. A library's name is a hash of everything that it depends on: the sources, the compiler, the
+flags and the CPU. Of processes that start at once one compiles and the others wait for it; the file
+is written under a name of its own and then renamed, which is atomic, so that none sees half of it.
 """
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -16,12 +18,14 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_S = 300
+_STORAGE = {"float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16"}  # of vector.h
 
 
 class BuildError(RuntimeError):
@@ -29,16 +33,21 @@ class BuildError(RuntimeError):
 
 
 @functools.cache
-def load_library() -> ctypes.CDLL:
+def load_library(dtype: str) -> ctypes.CDLL:
     """The compiled kernels, built first if this is the first time.
+
+    Args:
+        dtype: what queries, keys and values are stored in: "float32", "float16" or "bfloat16".
 
     Raises:
         BuildError: there is no compiler, or it failed.
     """
     compiler = _compiler()
-    path = _cache_dir() / f"kernels-{_fingerprint(compiler)}.so"
+    path = _cache_dir() / f"kernels-{dtype}-{_fingerprint(compiler)}.so"
     if not path.exists():
-        _compile(compiler, path)
+        with _alone(path):
+            if not path.exists():
+                _compile(compiler, path, dtype)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -47,7 +56,7 @@ def load_library() -> ctypes.CDLL:
         ) from error
 
 
-def start() -> None:
+def start(dtype: str) -> None:
     """Starts to compile in the background, so that the kernels are there once they are needed.
 
     Whoever calls `load_library` then learns what went wrong, if anything did.
@@ -55,9 +64,24 @@ def start() -> None:
 
     def build() -> None:
         with contextlib.suppress(BuildError):
-            load_library()
+            load_library(dtype)
 
     threading.Thread(target=build, name="lminf-build", daemon=True).start()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One at a time, of all processes and threads that want this file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise BuildError(f"the kernels can't be compiled into {path.parent}: {error}") from error
+    with lock:
+        # A file system without locks costs a second compilation, and no more.
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _compiler() -> list[str]:
@@ -94,12 +118,12 @@ def _cpu_features() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(named)}))
 
 
-def _compile(compiler: list[str], path: Path) -> None:
+def _compile(compiler: list[str], path: Path, dtype: str) -> None:
+    storage = f"-DLMINF_STORAGE={_STORAGE[dtype]}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
             built = Path(folder) / path.name
-            command = [*compiler, *FLAGS, "-o", str(built), str(SOURCES / "kernels.cpp")]
+            command = [*compiler, *FLAGS, storage, "-o", str(built), str(SOURCES / "kernels.cpp")]
             result = subprocess.run(
                 command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
             )

@@ -6,8 +6,6 @@
 
 extern "C" {
 
-enum LminfDtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-
 // A batch under one Λ; the same for every layer that shares the Λ and the rotation.
 struct LminfBatch {
   const int32_t* query_start_loc;  // [num_requests + 1]
@@ -29,7 +27,7 @@ struct LminfBatch {
   int32_t is_neox_style;
 };
 
-// A layer, and this step's tensors of it. Strides count elements.
+// A layer, and this step's tensors of it, in the library's storage type. Strides count elements.
 struct LminfLayer {
   const void* query;  // [num_tokens, num_heads, head_size], heads next to each other
   int64_t query_stride;
@@ -46,7 +44,6 @@ struct LminfLayer {
   const float* sinks;         // [num_heads] or null
   float scale;
   float softcap;  // 0 for none
-  int32_t dtype;
 };
 
 void lminf_attention(const LminfBatch* batch, const LminfLayer* layer);
@@ -68,7 +65,6 @@ struct LminfRotation {
   int64_t key_stride;
   int64_t num_kv_heads;
   int32_t is_neox_style;
-  int32_t dtype;
 };
 
 // Turns the leading 2 * rotary_half dimensions of every head in place; key may be null.
