@@ -1,0 +1,253 @@
+"""The fused kernel for decode and prefill: one softmax over the global branch and the window.
+
+A program attends with a tile of rows: queries of one request at consecutive positions, for all
+query heads of one key head. It walks over tiles of keys, those of the global tokens behind the
+window first, then those of the window; where a tile's keys are split among programs, each takes
+its part of this sequence. Everything about a request is read on the device.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# ruff: noqa: SIM102  what is known at compile time has a condition of its own
+
+import triton
+import triton.language as tl
+
+from vllm_lminf.kernels.triton.angles import angles_of, partners, turn_back
+from vllm_lminf.kernels.triton.softmax import begin, score, update
+from vllm_lminf.kernels.triton.tiles import load_rows, request_of_tile, slots_of
+
+
+@triton.jit
+def global_branch(
+    weighted, total, largest,
+    query, query_row, valid, position, num_global, first_tile, end_tile,
+    key, value, block_row, angles, slopes, scale,
+    stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+    N_GLOBAL: tl.constexpr, N_LOCAL: tl.constexpr, LIMIT: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, DIMS: tl.constexpr, HALF: tl.constexpr, IS_NEOX: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_GLOBAL: tl.constexpr,
+):  # fmt: skip
+    """Adds the global keys behind the window to a softmax.
+
+    Farther than the limit, a pair is scored as if the key stood at 0 and the query at the limit.
+    If the limit is the window, all these pairs may be: at the limit itself both ways are one.
+
+    Args:
+        weighted, total, largest: the softmax, see `softmax.update`.
+        query: rotated [rows, DIMS].
+        query_row: pointers to the rows' queries.
+        valid: bool [rows]: which rows there are.
+        position: int32 [rows]: where the queries stand, consecutive positions.
+        num_global: how many keys the last row sees.
+        first_tile, end_tile: which tiles of keys.
+        key, value: the head's shares of block 0.
+    """
+    dims = tl.arange(0, DIMS)
+    if angles is not None:
+        other = partners(dims, HALF, IS_NEOX)
+        beyond = tl.maximum(position - LIMIT, 0)
+        first_beyond = tl.min(beyond, axis=0)
+        cos, sin = angles_of(angles, first_beyond, beyond - first_beyond, dims, HALF, IS_NEOX)
+        mask = valid[:, None] & (other < HEAD_SIZE)[None, :]
+        exchanged = tl.load(query_row[:, None] + other[None, :], mask=mask, other=0.0)
+        at_limit = turn_back(query, exchanged, cos, sin, dims, HALF, IS_NEOX).to(query.dtype)
+    for tile in range(first_tile, end_tile):
+        start = tile * TILE_GLOBAL
+        offsets = tl.arange(0, TILE_GLOBAL)
+        keys = start + offsets
+        readable = keys < num_global
+        block, place = slots_of(block_row, start, keys, readable, BLOCK_SIZE, TILE_GLOBAL)
+        k = load_rows(
+            key, block, place, dims, readable, stride_key_block, stride_key_token, HEAD_SIZE, DIMS
+        )
+        distance = position[:, None] - keys[None, :]
+        if angles is None:
+            products = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee")
+        else:
+            k_exchanged = load_rows(
+                key, block, place, other, readable, stride_key_block, stride_key_token,
+                HEAD_SIZE, DIMS,
+            )  # fmt: skip
+            k_cos, k_sin = angles_of(angles, start, offsets, dims, HALF, IS_NEOX)
+            at_zero = turn_back(k, k_exchanged, k_cos, k_sin, dims, HALF, IS_NEOX).to(query.dtype)
+            products = tl.dot(at_limit, tl.trans(at_zero), input_precision="ieee")
+            if LIMIT > N_LOCAL:
+                near = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee")
+                products = tl.where(distance > LIMIT, products, near)
+        scores, unit = score(products, tl.minimum(distance, LIMIT), slopes, scale, SOFTCAP)
+        visible = (distance >= N_LOCAL) & (keys < N_GLOBAL)[None, :]
+        scores = tl.where(visible, scores, float("-inf"))
+        v = load_rows(
+            value, block, place, dims, readable, stride_value_block, stride_value_token,
+            HEAD_SIZE, DIMS,
+        )  # fmt: skip
+        weighted, total, largest = update(weighted, total, largest, scores, unit, v.to(query.dtype))
+    return weighted, total, largest
+
+
+@triton.jit
+def window_tile(
+    weighted, total, largest,
+    query, position, tile, first, last,
+    key, value, block_row, slopes, scale,
+    stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+    N_LOCAL: tl.constexpr, HEAD_SIZE: tl.constexpr, DIMS: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr, IS_EDGE: tl.constexpr,
+):  # fmt: skip
+    """Adds one tile of the window to a softmax.
+
+    Args:
+        first, last: where the first and the last row's queries stand.
+        IS_EDGE: whether some row may not see some key; otherwise all see all.
+        Others: see `global_branch`.
+    """
+    dims = tl.arange(0, DIMS)
+    start = tile * TILE_KEYS
+    keys = start + tl.arange(0, TILE_KEYS)
+    readable = None
+    if IS_EDGE:
+        readable = (keys > first - N_LOCAL) & (keys <= last)
+    block, place = slots_of(block_row, start, keys, readable, BLOCK_SIZE, TILE_KEYS)
+    k = load_rows(
+        key, block, place, dims, readable, stride_key_block, stride_key_token, HEAD_SIZE, DIMS
+    )
+    products = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee")
+    distance = position[:, None] - keys[None, :]
+    scores, unit = score(products, distance, slopes, scale, SOFTCAP)
+    if IS_EDGE:
+        visible = (distance >= 0) & (distance < N_LOCAL)
+        scores = tl.where(visible, scores, float("-inf"))
+    v = load_rows(
+        value, block, place, dims, readable, stride_value_block, stride_value_token, HEAD_SIZE, DIMS
+    )
+    return update(weighted, total, largest, scores, unit, v.to(query.dtype))
+
+
+@triton.jit(do_not_specialize=["num_requests"])
+def attention_kernel(
+    query, key, value, output, partial, partial_lse,
+    query_start_loc, seq_lens, block_table, angles, slopes, sinks, key_scale, value_scale,
+    scale, num_requests,
+    stride_query_token, stride_query_head, stride_output_token, stride_output_head,
+    stride_key_block, stride_key_head, stride_key_token,
+    stride_value_block, stride_value_head, stride_value_token, stride_table,
+    N_GLOBAL: tl.constexpr, N_LOCAL: tl.constexpr, LIMIT: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, DIMS: tl.constexpr,
+    HALF: tl.constexpr, IS_NEOX: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_QUERIES: tl.constexpr,
+    TILE_KEYS: tl.constexpr, TILE_GLOBAL: tl.constexpr,
+    IS_DECODE: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """Λ-attention of one tile of rows; grid (tiles, key heads, splits).
+
+    Args:
+        query, output: rows of the batch, [tokens, heads, HEAD_SIZE].
+        key, value: the cache, see `PagedCache`.
+        partial, partial_lse: where splits leave their results, see `reduce`; None without splits.
+        angles: see `angles`; None where nothing is rotated.
+        slopes, sinks, key_scale, value_scale: None where there are none.
+        HALF, IS_NEOX: of the rotation.
+        IS_DECODE: one tile holds all queries of a request, and requests with more queries are
+            left alone. Otherwise requests with no more than SKIP are.
+    """
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if IS_DECODE:
+        request, skipped = tile, 0
+    else:
+        request, skipped = request_of_tile(query_start_loc, num_requests, tile, TILE_QUERIES)
+    row_start = tl.load(query_start_loc + request)
+    query_len = tl.load(query_start_loc + request + 1) - row_start
+    if IS_DECODE:
+        if query_len > TILE_QUERIES:
+            return
+    elif query_len <= SKIP:
+        return
+    if skipped >= query_len:
+        return
+    num_queries = tl.minimum(query_len - skipped, TILE_QUERIES)
+    first = tl.load(seq_lens + request) - query_len + skipped
+    last = first + num_queries - 1
+
+    rows = tl.arange(0, TILE_ROWS)
+    dims = tl.arange(0, DIMS)
+    valid = rows // GROUP < num_queries
+    position = first + tl.minimum(rows // GROUP, num_queries - 1)
+    head = kv_head * GROUP + rows % GROUP
+    token = (row_start + skipped + rows // GROUP).to(tl.int64)
+    query_row = query + token * stride_query_token + head * stride_query_head
+    present = valid[:, None] & (dims < HEAD_SIZE)[None, :]
+    q = tl.load(query_row[:, None] + dims[None, :], mask=present, other=0.0)
+    row_slopes = None
+    if slopes is not None:
+        row_slopes = tl.load(slopes + head)
+    if key_scale is not None:
+        scale *= tl.load(key_scale)
+
+    block_row = block_table + request.to(tl.int64) * stride_table
+    key += kv_head * stride_key_head
+    value += kv_head * stride_value_head
+    num_global = tl.minimum(tl.maximum(last - N_LOCAL + 1, 0), N_GLOBAL)
+    global_tiles = (num_global + TILE_GLOBAL - 1) // TILE_GLOBAL
+    window_start = tl.maximum(first - N_LOCAL + 1, 0) // TILE_KEYS
+    window_end = last // TILE_KEYS + 1
+    begin_at, end_at = 0, global_tiles + window_end - window_start
+    if IS_DECODE:
+        # This program's part of all tiles, those of the global branch first.
+        share = tl.cdiv(end_at, tl.num_programs(2))
+        begin_at = split * share
+        end_at = tl.minimum(begin_at + share, end_at)
+
+    weighted = tl.zeros((TILE_ROWS, DIMS), tl.float32)
+    largest, total = begin(sinks, head, split == 0)
+    if N_GLOBAL > 0:
+        if begin_at < global_tiles:
+            weighted, total, largest = global_branch(
+                weighted, total, largest,
+                q, query_row, valid, position, num_global,
+                begin_at, tl.minimum(end_at, global_tiles),
+                key, value, block_row, angles, row_slopes, scale,
+                stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+                N_GLOBAL, N_LOCAL, LIMIT, HEAD_SIZE, DIMS, HALF, IS_NEOX,
+                SOFTCAP, BLOCK_SIZE, TILE_GLOBAL,
+            )  # fmt: skip
+    window_end = window_start + end_at - global_tiles
+    window_start += tl.maximum(begin_at - global_tiles, 0)
+    if IS_DECODE:
+        interior_start, num_interior = window_end, 0
+    else:
+        # Tiles that every row sees whole need no mask: those from the last row's window on, up to
+        # the first row's own position.
+        from_last = tl.maximum(last - N_LOCAL + 1, 0)
+        interior_start = from_last // TILE_KEYS + (from_last % TILE_KEYS != 0)
+        num_interior = tl.maximum((first + 1) // TILE_KEYS - interior_start, 0)
+    for edge in range(window_start, window_end - num_interior):
+        weighted, total, largest = window_tile(
+            weighted, total, largest,
+            q, position, edge + tl.where(edge < interior_start, 0, num_interior), first, last,
+            key, value, block_row, row_slopes, scale,
+            stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+            N_LOCAL, HEAD_SIZE, DIMS, SOFTCAP, BLOCK_SIZE, TILE_KEYS, True,
+        )  # fmt: skip
+    if not IS_DECODE:
+        for inner in range(interior_start, interior_start + num_interior):
+            weighted, total, largest = window_tile(
+                weighted, total, largest,
+                q, position, inner, first, last,
+                key, value, block_row, row_slopes, scale,
+                stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+                N_LOCAL, HEAD_SIZE, DIMS, SOFTCAP, BLOCK_SIZE, TILE_KEYS, False,
+            )  # fmt: skip
+
+    share_of_one = 1.0 / tl.where(total > 0, total, 1.0)
+    if value_scale is not None:
+        share_of_one *= tl.load(value_scale)
+    result = weighted * share_of_one[:, None]
+    if partial is None:
+        output_row = output + token * stride_output_token + head * stride_output_head
+        tl.store(output_row[:, None] + dims[None, :], result.to(output.dtype.element_ty), present)
+    else:
+        program = (tile * tl.num_programs(1) + kv_head) * tl.num_programs(2) + split
+        partial_row = program.to(tl.int64) * TILE_ROWS + rows
+        lse = tl.where(total > 0, largest + tl.log2(total), float("-inf"))
+        tl.store(partial_lse + partial_row, lse, mask=valid)
+        tl.store(partial + partial_row[:, None] * DIMS + dims[None, :], result, mask=valid[:, None])
