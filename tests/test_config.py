@@ -34,7 +34,7 @@ class TestSources:
 
     def test_kernel(self) -> None:
         assert read().kernel == "auto"
-        assert read({"kernel": "torch"}).kernel == "torch"
+        assert read({"kernel": "reference"}).kernel == "reference"
         assert read(VLLM_LMINF_KERNEL="cpu").kernel == "cpu"
 
     def test_zero_is_a_value(self) -> None:
@@ -95,7 +95,7 @@ class TestRefusals:
             read({"kernel": value})
         (problem,) = refusal.value.problems
         assert problem.endswith(
-            f'"kernel" in lminf is {value!r}: it must be one of auto, cpu, torch'
+            f'"kernel" in lminf is {value!r}: it must be one of auto, triton, xformers, flash, cpu, reference'
         )
 
     @pytest.mark.parametrize("name", ["n_local", "distance_limit"])

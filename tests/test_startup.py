@@ -346,7 +346,6 @@ class TestUnserved:
     @pytest.mark.parametrize(
         ("arguments", "named"),
         [
-            ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
             ({"kv_cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype int8_per_token_head"),
             ({"speculative_config": NGRAM_GPU}, "method 'ngram_gpu'"),
             (
@@ -375,10 +374,19 @@ class TestUnserved:
         assert named in reason
         assert named in str(refusal.value)
 
+    @pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+    def test_a_cache_of_8_bits_on_a_cpu(self, kv_cache_dtype: str, build: Build) -> None:
+        """One reason for each kernel that an automatic choice has here."""
+        with pytest.raises(UnsupportedError) as refusal:
+            build.selected(kv_cache_dtype=kv_cache_dtype)
+        cpu, reference = refusal.value.reasons
+        for kernel, reason in (("cpu", cpu), ("reference", reference)):
+            assert reason.startswith(f"kernel '{kernel}' with --kv-cache-dtype {kv_cache_dtype}: ")
+
     def test_every_reason_at_once(self, build: Build) -> None:
         with pytest.raises(UnsupportedError) as refusal:
             build.selected(kv_cache_dtype="fp8", speculative_config=NGRAM_GPU, max_model_len=2**31)
-        assert len(refusal.value.reasons) == 3
+        assert len(refusal.value.reasons) == 4
         for named in ("--kv-cache-dtype fp8", "speculative", "max_model_len"):
             assert named in str(refusal.value)
 

@@ -17,9 +17,10 @@ VARIABLE_PREFIX = "VLLM_LMINF_"
 
 DEFAULT_N_GLOBAL = 10
 
-KERNELS = ("auto", "cpu", "torch")
-"""``cpu``: compiled, for CPUs. ``torch``: plain PyTorch, anywhere. ``auto``: the first that
-serves."""
+KERNELS = ("auto", "triton", "xformers", "flash", "cpu", "reference")
+"""For GPUs: ``triton``, ``xformers`` and ``flash`` (FlashAttention, from the package that vLLM
+ships). ``cpu``: compiled, for CPUs. ``reference``: plain PyTorch, anywhere. ``auto``: the best that
+can run, see `vllm_lminf.kernels.choice`."""
 
 _NAMES = ("n_global", "n_local", "distance_limit", "kernel")
 _ALLOWED = {

@@ -3,6 +3,8 @@
 import os
 from typing import TYPE_CHECKING
 
+import torch
+
 from vllm_lminf import compat, speculation
 from vllm_lminf.config import (
     BACKEND_NAME,
@@ -11,6 +13,7 @@ from vllm_lminf.config import (
     Settings,
     SettingsError,
 )
+from vllm_lminf.kernels.interface import Heads, Situation
 from vllm_lminf.kernels.native import build
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import MAX_POSITION
@@ -163,10 +166,10 @@ def _model_reasons(model: "ModelConfig", runner_type: str) -> list[str]:
 def _feature_reasons(config: "VllmConfig") -> list[str]:
     reasons = []
     cache_dtype = config.cache_config.cache_dtype
-    if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+    if cache_dtype_of(cache_dtype, config.model_config.dtype) is None:
         reasons.append(
-            f"--kv-cache-dtype {cache_dtype}: the keys are turned in the cache's precision, and "
-            "no quantised cache is served; use auto"
+            f"--kv-cache-dtype {cache_dtype}: global keys are read back to be turned, and no "
+            "kernel reads this; use auto, or fp8 on a GPU"
         )
     reasons += speculation.reasons_against(config)
     if config.kv_transfer_config is not None:
@@ -185,33 +188,89 @@ def _feature_reasons(config: "VllmConfig") -> list[str]:
 
 
 def _kernel_reasons(config: "VllmConfig") -> list[str]:
-    """Why the kernel that was asked for can't run. Where it is likely to, it starts to compile."""
+    """Why no kernel that was asked for can run. Where the compiled one is likely to, it starts to
+    compile."""
+    from vllm_lminf.kernels.choice import choose
+
     try:
-        choice = kernel_of(config)
+        asked = kernel_of(config)
     except SettingsError:
         return []  # told with all other settings
-    on_cpu = config.device_config.device_type == "cpu"
-    dtype = str(config.model_config.dtype).removeprefix("torch.")
-    if choice == "auto" and on_cpu:
-        build.start(dtype)
-    if choice != "cpu":
-        return []
-    reasons = []
-    if not on_cpu:
-        reasons.append(f"it runs on CPUs, not on {config.device_config.device_type}")
-    head_size = config.model_config.get_head_size()
-    if head_size % 16 != 0:
-        reasons.append(f"it takes heads of a multiple of 16 dimensions, not {head_size}")
-    block_size = config.cache_config.block_size
-    if block_size is not None and block_size % 16 != 0:
-        reasons.append(f"it takes blocks of a multiple of 16 tokens, not --block-size {block_size}")
-    cache_dtype = config.cache_config.cache_dtype
-    if cache_dtype not in ("auto", dtype):
-        reasons.append(
-            f"it keeps the cache in the model's dtype, not in --kv-cache-dtype {cache_dtype}"
-        )
     try:
-        build.load_library(dtype)
-    except build.BuildError as error:
-        reasons.append(str(error))
-    return [f"kernel 'cpu': {reason}" for reason in reasons]
+        pattern = pattern_of(config)
+    except SettingsError:
+        pattern = LambdaPattern(1, 1, 1)  # likewise
+    model = config.model_config
+    if (
+        model.is_attention_free
+        or cache_dtype_of(config.cache_config.cache_dtype, model.dtype) is None
+    ):
+        return []  # told with the model, or with the features
+    choice = choose(asked, situation_of(config, pattern))
+    word = config.cache_config.cache_dtype
+    named = "" if word == "auto" else f" with --kv-cache-dtype {word}"
+    reasons = [
+        f"kernel {kernel!r}{named}: {reason}"
+        for kernel, against in choice.against.items()
+        for reason in against
+    ]
+    dtype = str(model.dtype).removeprefix("torch.")
+    if asked == "cpu":
+        try:
+            build.load_library(dtype)
+        except build.BuildError as error:
+            reasons.append(f"kernel 'cpu'{named}: {error}")
+        return reasons
+    if choice.kernel == "cpu":
+        build.start(dtype)
+    return reasons if choice.kernel is None else []
+
+
+def cache_dtype_of(word: str, model_dtype: torch.dtype) -> torch.dtype | None:
+    """What --kv-cache-dtype says, as a dtype; None for what no kernel of ours reads."""
+    from vllm.platforms import current_platform
+
+    if word == "auto":
+        return model_dtype
+    if word in ("fp8", "fp8_e4m3"):
+        dtype: torch.dtype = current_platform.fp8_dtype()  # some AMD devices have another one
+        return dtype
+    known = {
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "float32": torch.float32,
+        "fp8_e5m2": torch.float8_e5m2,
+    }
+    return known.get(word)
+
+
+def situation_of(config: "VllmConfig", pattern: LambdaPattern) -> Situation:
+    """Where the layers of an engine's model will run, as far as its configuration tells.
+
+    What it doesn't tell is assumed to suit: each layer looks again, once it is there.
+    """
+    from vllm.platforms import current_platform
+
+    model, parallel = config.model_config, config.parallel_config
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    text = model.hf_text_config
+    return Situation(
+        device_type=config.device_config.device_type,
+        capability=None if capability is None else (capability.major, capability.minor),
+        heads=Heads(
+            model.get_num_attention_heads(parallel),
+            model.get_num_kv_heads(parallel),
+            model.get_head_size(),
+            model.dtype,
+        ),
+        pattern=pattern,
+        cache_dtype=cache_dtype_of(config.cache_config.cache_dtype, model.dtype) or model.dtype,
+        block_size=config.cache_config.block_size or ANY_BLOCK_SIZE,
+        has_rotation=not model.uses_alibi,
+        has_alibi=bool(model.uses_alibi),
+        has_softcap=bool(getattr(text, "attn_logit_softcapping", None)),
+    )
+
+
+ANY_BLOCK_SIZE = 16
+"""Stands for one that vLLM is still to choose, among those that the kernel takes."""

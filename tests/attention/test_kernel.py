@@ -1,5 +1,6 @@
 """Which kernel runs: by the setting, by what is possible, and refused where both contradict."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,9 +9,9 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_lminf.attention import kernel
-from vllm_lminf.attention.kernel import LayerKernel, compile_layer
+from vllm_lminf.attention.kernel import Layer, LayerKernel, compile_layer
 from vllm_lminf.kernels import cpu
-from vllm_lminf.kernels.interface import ScoreRules
+from vllm_lminf.kernels.interface import Heads, ScoreRules, Situation
 from vllm_lminf.kernels.native import build
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.startup import UnsupportedError
@@ -23,69 +24,112 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
-class TestChoice:
-    """What a layer runs, by the setting and by what is possible."""
+def make_layer(
+    compiled: cpu.CpuLayer | None, head_size: int = 16, dtype: torch.dtype = torch.float32
+) -> Layer:
+    """A layer on the CPU with two heads."""
+    heads = Heads(2, 2, head_size, dtype)
+    situation = Situation("cpu", None, heads, LambdaPattern(0, 9, 9), dtype, 16, has_rotation=False)
+    return Layer(situation, ScoreRules(0.25), None, compiled, torch.device("cpu"), None)
+
+
+class TestCompiled:
+    """Whether a layer has the compiled kernel."""
 
     def compile(
         self,
-        choice: str = "auto",
+        asked: str = "auto",
         device: str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         head_size: int = 64,
-    ) -> object:
-        rules = ScoreRules(1.0)
-        return compile_layer(choice, torch.device(device), dtype, 4, 2, head_size, rules)
+    ) -> cpu.CpuLayer | None:
+        heads = Heads(4, 2, head_size, dtype)
+        return compile_layer(asked, torch.device(device), heads, ScoreRules(1.0))
 
-    def test_compiled_where_it_serves(self, warnings: list[str]) -> None:
+    def test_where_it_serves(self, warnings: list[str]) -> None:
         assert self.compile() is not None
         assert self.compile("cpu") is not None
         assert warnings == []
 
-    def test_plain_where_asked_for_or_elsewhere(self, warnings: list[str]) -> None:
-        assert self.compile("torch") is None
+    def test_not_where_another_was_asked_for_or_elsewhere(self, warnings: list[str]) -> None:
+        assert self.compile("reference") is None
+        assert self.compile("triton") is None
         assert self.compile(device="cuda") is None
         assert warnings == []
 
-    def test_no_compiler(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        warnings: list[str],
-    ) -> None:
+    def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler")
         cpu.load.cache_clear()
         build.load_library.cache_clear()
         try:
             assert self.compile() is None
+            with pytest.raises(UnsupportedError, match=r"kernel 'cpu': .*no-such-compiler"):
+                self.compile("cpu")
         finally:
             cpu.load.cache_clear()
             build.load_library.cache_clear()
         assert len(warnings) == 1
         assert "no-such-compiler" in warnings[0]
         assert "much slower" in warnings[0]
+        assert LayerKernel("auto", make_layer(None)).name(16, torch.float32) == "reference"
+        assert len(warnings) == 1
+
+
+class TestChoice:
+    """Which kernel a layer runs, once its cache is known."""
+
+    def test_compiled(self, warnings: list[str]) -> None:
+        layer = cpu.CpuLayer(2, 2, 16, torch.float32, ScoreRules(0.25))
+        assert LayerKernel("auto", make_layer(layer)).name(16, torch.float32) == "cpu"
+        assert LayerKernel("cpu", make_layer(layer)).name(32, torch.float32) == "cpu"
+        assert warnings == []
+
+    def test_plain_where_asked_for(self, warnings: list[str]) -> None:
+        assert LayerKernel("reference", make_layer(None)).name(7, torch.float32) == "reference"
+        assert warnings == []
 
     def test_heads_that_do_not_fit(self, warnings: list[str]) -> None:
-        assert self.compile(head_size=72) is None
-        assert "72 dimensions" in warnings[0]
+        layer = make_layer(None, head_size=72, dtype=torch.bfloat16)
+        assert LayerKernel("auto", layer).name(16, torch.bfloat16) == "reference"
+        (warning,) = warnings
+        assert "much slower" in warning
+        assert "72 in bfloat16" in warning
 
     @pytest.mark.parametrize(
-        ("block_size", "dtype"), [(24, torch.float32), (32, torch.bfloat16)], ids=str
+        ("block_size", "dtype", "named"),
+        [(24, torch.float32, "--block-size 24"), (32, torch.bfloat16, "not in bfloat16")],
+        ids=str,
     )
     def test_a_cache_that_does_not_fit(
-        self, block_size: int, dtype: torch.dtype, warnings: list[str]
+        self, block_size: int, dtype: torch.dtype, named: str, warnings: list[str]
     ) -> None:
-        """Written and read by the plain kernel both, in its order."""
-        rules, pattern = ScoreRules(0.25), LambdaPattern(0, 9, 9)
-        layer = cpu.CpuLayer(2, 2, 16, torch.float32, rules)
-        chosen = LayerKernel(layer, pattern, rules, None)
-        assert chosen.name(block_size, dtype) == "torch"
+        """Written and read by the plain kernel both, in its order; with the compiled kernel asked
+        for by name, refused."""
+        layer = make_layer(cpu.CpuLayer(2, 2, 16, torch.float32, ScoreRules(0.25)))
+        with pytest.raises(UnsupportedError, match=named):
+            LayerKernel("cpu", layer).name(block_size, dtype)
+        chosen = LayerKernel("auto", layer)
+        assert chosen.name(block_size, dtype) == "reference"
         cache = torch.zeros(2, 2, block_size, 32, dtype=dtype)
         key = torch.arange(32.0).view(1, 2, 16)
         chosen.write_cache(key, -key, cache, torch.tensor([block_size + 1]))
         halves = cache.view(2, 2, 2, block_size, 16)
         assert torch.equal(halves[1, :, 0, 1].float(), key[0])
         assert torch.equal(halves[1, :, 1, 1].float(), -key[0])
-        assert len(warnings) == 1
-        assert "--block-size 128" in warnings[0]
+        (warning,) = warnings
+        assert named in warning
+
+    def test_none_runs_in_graphs_on_a_cpu(self) -> None:
+        compiled = make_layer(cpu.CpuLayer(2, 2, 16, torch.float32, ScoreRules(0.25)))
+        assert not LayerKernel("auto", compiled).runs_in_graphs(16, torch.float32)
+        assert not LayerKernel("reference", compiled).runs_in_graphs(16, torch.float32)
+
+    def test_eight_bits_are_stored_as_bytes(self) -> None:
+        """vLLM calls such a cache bytes; what they are, the layer was told."""
+        layer = make_layer(None)
+        layer = replace(layer, situation=replace(layer.situation, cache_dtype=torch.float8_e5m2))
+        with pytest.raises(UnsupportedError, match="not in float8_e5m2"):
+            LayerKernel("auto", layer).name(16, torch.uint8)
 
 
 class TestStartUp:
@@ -97,7 +141,7 @@ class TestStartUp:
             model=model_path, attention_backend="LMINF", additional_config=config, **arguments
         ).create_engine_config()
 
-    @pytest.mark.parametrize("kernel", ["auto", "cpu", "torch"])
+    @pytest.mark.parametrize("kernel", ["auto", "cpu", "reference"])
     def test_served(self, model_path: str, kernel: str) -> None:
         assert self.engine(model_path, kernel, block_size=32)
 
@@ -111,11 +155,12 @@ class TestStartUp:
                 )
         finally:
             build.load_library.cache_clear()
-        for named in ("--block-size 8", "--kv-cache-dtype float16", "no-such-compiler"):
+        for named in ("--block-size 8", "not in float16", "no-such-compiler"):
             assert named in str(refusal.value)
-        assert all(reason.startswith("kernel 'cpu': ") for reason in refusal.value.reasons)
+        for reason in refusal.value.reasons:
+            assert reason.startswith("kernel 'cpu' with --kv-cache-dtype float16: ")
         assert len(refusal.value.reasons) == 3
 
     def test_other_kernels_take_any_block(self, model_path: str) -> None:
         assert self.engine(model_path, "auto", block_size=8)
-        assert self.engine(model_path, "torch", block_size=8)
+        assert self.engine(model_path, "reference", block_size=8)

@@ -112,7 +112,7 @@ class TestMetadata:
 
     def test_padding_is_left_out(self, config: VllmConfig) -> None:
         metadata = build(config, describe([(7, 1), (0, 3)], padding=5))
-        assert metadata.num_actual_tokens == 4
+        assert metadata.query_start_loc[-1] == 4
         assert metadata.positions.shape == (4,)
 
     def test_positions_do_not_overflow(self, config: VllmConfig) -> None:

@@ -3,7 +3,10 @@
 from typing import ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.config.cache import CacheDType
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
@@ -17,16 +20,30 @@ from vllm_lminf.attention.impl import LambdaAttentionImpl
 from vllm_lminf.attention.metadata import LambdaMetadataBuilder
 from vllm_lminf.attention.patterns import cache_pattern
 from vllm_lminf.config import BACKEND_NAME
+from vllm_lminf.kernels.choice import choose
+from vllm_lminf.kernels.interface import Heads, Situation
 from vllm_lminf.kv_cache.spec import LambdaSpec
-from vllm_lminf.startup import UnsupportedError
+from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.startup import ANY_BLOCK_SIZE, UnsupportedError, cache_dtype_of, kernel_of
+
+_FP8: tuple[CacheDType, ...] = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 class LambdaAttentionBackend(AttentionBackend):
-    """LM-Infinite's Λ-shaped attention for decoders."""
+    """LM-Infinite's Λ-shaped attention for decoders.
+
+    vLLM asks a class what it can do, not an engine's layers. Where that depends on the kernel, it
+    is the kernel of the engine whose model is being built, or was built last in this process.
+    """
 
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        *_FP8,
+    ]
 
     @staticmethod
     def get_name() -> str:
@@ -44,12 +61,58 @@ class LambdaAttentionBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(
         kv_cache_spec: KVCacheSpec | None = None,
     ) -> list[int | MultipleOf]:
-        return [MultipleOf(1)]
+        """Those of the PyTorch kernel where it was asked for or has to do, and on CPUs any, since
+        an automatic choice there takes it for what the compiled kernel doesn't."""
+        asked = _asked()
+        any_size = asked == "reference" or (
+            asked == "auto" and not current_platform.is_cuda_alike()
+        )
+        return [MultipleOf(1 if any_size else 16)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """A block's heads lie one after the other, so that a head's keys are one stretch."""
         return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: CacheDType | None) -> bool:
+        if kv_cache_dtype in _FP8 and not current_platform.is_cuda_alike():
+            return False
+        supported: bool = super().supports_kv_cache_dtype(kv_cache_dtype)
+        return supported
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: CacheDType | None,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        use_sparse: bool,
+        use_mm_prefix: bool,
+        device_capability: DeviceCapability | None,
+    ) -> str | None:
+        """Every reason of every kernel that would have to do, if none can."""
+        capability = None
+        if current_platform.is_cuda() and device_capability is not None:
+            capability = device_capability.major, device_capability.minor
+        cache_dtype = cache_dtype_of(kv_cache_dtype or "auto", dtype)
+        if cache_dtype is None:
+            return None  # said by `supports_kv_cache_dtype`
+        situation = Situation(
+            device_type=current_platform.device_type,
+            capability=capability,
+            heads=Heads(1, 1, head_size, dtype),  # each layer looks again, with its own
+            pattern=LambdaPattern(1, 1, 1),
+            cache_dtype=cache_dtype,
+            block_size=block_size or ANY_BLOCK_SIZE,
+            has_rotation=True,
+            has_sinks=has_sink,
+        )
+        choice = choose(_asked(), situation)
+        return "; ".join(choice.reasons) if choice.kernel is None else None
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
@@ -84,3 +147,12 @@ class LambdaAttentionBackend(AttentionBackend):
     @classmethod
     def supports_sink(cls) -> bool:
         return True
+
+
+def _asked() -> str:
+    """The setting "kernel" of the engine that this is about."""
+    engine = get_current_vllm_config_or_none()
+    if engine is None:
+        built_last = getattr(LambdaAttentionImpl, "built_last", None)
+        engine = None if built_last is None else built_last.engine
+    return "auto" if engine is None else kernel_of(engine)

@@ -1,5 +1,6 @@
 """One attention layer: writes its keys and values, and attends under the Λ."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -7,17 +8,23 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_lminf.attention import hugging_face
-from vllm_lminf.attention.kernel import LayerKernel, compile_layer
+from vllm_lminf.attention.kernel import Layer, LayerKernel, Scales, compile_layer
 from vllm_lminf.attention.metadata import LambdaMetadata, Rotary
 from vllm_lminf.attention.patterns import layer_pattern
 from vllm_lminf.attention.rotary import make_exact, parents, refuse_rotary
 from vllm_lminf.attention.rotary_use import check_use
-from vllm_lminf.kernels.interface import ScoreRules
-from vllm_lminf.startup import UnsupportedError, kernel_of, pattern_being_built
+from vllm_lminf.kernels.interface import Heads, ScoreRules, Situation
+from vllm_lminf.startup import (
+    UnsupportedError,
+    cache_dtype_of,
+    kernel_of,
+    pattern_being_built,
+    situation_of,
+)
 
 
 class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
-    """Λ-attention of one layer; see `vllm_lminf.kernels.paged` for what it computes."""
+    """Λ-attention of one layer; see `vllm_lminf.pattern` for what it computes."""
 
     built_last: ClassVar["LambdaAttentionImpl"]
 
@@ -76,15 +83,9 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         device = next(parent.parameters()).device
         if self.rules.alibi_slopes is not None:
             self.rules.alibi_slopes = self.rules.alibi_slopes.to(device)
-        compiled = compile_layer(
-            kernel_of(self.engine),
-            device,
-            act_dtype,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_size,
-            self.rules,
-        )
+        asked = kernel_of(self.engine)
+        situation = self._situation(device, act_dtype)
+        compiled = compile_layer(asked, device, situation.heads, self.rules)
         if self.rules.alibi_slopes is not None:
             refuse_rotary(parent, layer_name)
         elif hugging_face.is_hugging_face(parent):
@@ -99,7 +100,22 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             )
             if self.pattern.n_global > 0:
                 check_use(parent, self.rotary, layer_name, self.head_size)
-        self.kernel = LayerKernel(compiled, self.pattern, self.rules, self.rotary)
+        layer = Layer(situation, self.rules, self.rotary, compiled, device, self.engine)
+        self.kernel = LayerKernel(asked, layer)
+
+    def _situation(self, device: torch.device, act_dtype: torch.dtype) -> Situation:
+        """Where this layer runs, its block size as far as it is known."""
+        model = situation_of(self.engine, self.pattern)
+        return replace(
+            model,
+            device_type=device.type,
+            heads=Heads(self.num_heads, self.num_kv_heads, self.head_size, act_dtype),
+            cache_dtype=cache_dtype_of(self.kv_cache_dtype, act_dtype) or act_dtype,
+            has_rotation=self.rules.alibi_slopes is None,
+            has_alibi=self.rules.alibi_slopes is not None,
+            has_softcap=self.rules.softcap is not None,
+            has_sinks=self.rules.sinks is not None,
+        )
 
     def do_kv_cache_update(
         self,
@@ -110,7 +126,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Stores this step's keys and values; see `LayerKernel`."""
-        self._ready_kernel().write_cache(key, value, kv_cache, slot_mapping)
+        self._ready_kernel().write_cache(key, value, kv_cache, slot_mapping, _scales_of(layer))
 
     def forward(
         self,
@@ -127,7 +143,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         """Attends; keys and values of this step are in the cache already.
 
         Args:
-            layer: vLLM's layer; unused.
+            layer: vLLM's layer, which has the scales of a quantised cache.
             query: rotated; shape [num_tokens, num_heads, head_size].
             key: unused.
             value: unused.
@@ -142,10 +158,17 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         if attn_metadata is None:
             return output.zero_()
         n = attn_metadata.num_actual_tokens
-        self._ready_kernel().attend(query[:n], kv_cache, attn_metadata, output[:n])
+        scales = _scales_of(layer)
+        self._ready_kernel().attend(query[:n], kv_cache, attn_metadata, output[:n], scales)
         return output
 
     def _ready_kernel(self) -> LayerKernel:
         if self.kernel is None:
             raise RuntimeError("the layer ran before its weights were processed")
         return self.kernel
+
+
+def _scales_of(layer: Any) -> Scales | None:
+    """What the layer's stored keys and values are multiplied with."""
+    key_scale, value_scale = getattr(layer, "_k_scale", None), getattr(layer, "_v_scale", None)
+    return None if key_scale is None or value_scale is None else (key_scale, value_scale)

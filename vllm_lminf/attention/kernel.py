@@ -1,45 +1,62 @@
-"""Which kernel a layer runs: the compiled one where it serves, plain PyTorch elsewhere."""
+"""The kernel of a layer: chosen, made, and called in the same way whichever it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from vllm.logger import init_logger
 
 from vllm_lminf.attention.metadata import LambdaMetadata, Rotary
 from vllm_lminf.kernels import cpu, paged
-from vllm_lminf.kernels.interface import ScoreRules
+from vllm_lminf.kernels.choice import choose
+from vllm_lminf.kernels.interface import Heads, PagedCache, Rotation, ScoreRules, Situation
 from vllm_lminf.kernels.native.build import BuildError
-from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.startup import UnsupportedError
 
 logger = init_logger("vllm.lminf")
 
+Scales = tuple[torch.Tensor, torch.Tensor]
+"""What stored keys and values are multiplied with; each float32, of one element."""
 
-class LayerKernel:
-    """What a layer does with its cache. Writing and attending go by the same kernel, since each
-    has an order of its own in which a block stores its keys and values.
 
-    Args:
-        compiled: the layer's compiled kernel, or None where it doesn't serve.
-        pattern: the layer's Λ.
+@dataclass(frozen=True)
+class Layer:
+    """What a kernel is made for.
+
+    Attributes:
+        situation: where the layer runs, and what it is.
         rules: how its products become scores.
         rotary: its exact rotation, or None where nothing is rotated.
+        compiled: the compiled kernel for CPUs, or None where it can't be had.
+        device: where the model is.
+        engine: what the layer is part of; layers of one engine run one after the other.
     """
 
-    def __init__(
-        self,
-        compiled: cpu.CpuLayer | None,
-        pattern: LambdaPattern,
-        rules: ScoreRules,
-        rotary: Rotary | None,
-    ) -> None:
-        self._compiled = compiled
-        self._pattern = pattern
-        self._rules = rules
-        # Without global tokens nothing is ever beyond the limit.
-        self._rotary = rotary if pattern.n_global > 0 else None
+    situation: Situation
+    rules: ScoreRules
+    rotary: Rotary | None
+    compiled: cpu.CpuLayer | None
+    device: torch.device
+    engine: object
 
-    def name(self, block_size: int, dtype: torch.dtype) -> str:
-        """Which kernel runs on such a cache; one of the settings."""
-        compiled = self._compiled
-        return "cpu" if compiled is not None and compiled.serves(block_size, dtype) else "torch"
+    @property
+    def far_rotary(self) -> Rotary | None:
+        """Without global tokens nothing is ever beyond the limit, and nothing is turned."""
+        return self.rotary if self.situation.pattern.n_global > 0 else None
+
+
+class Kernel(Protocol):
+    """Writing and attending go by the same kernel, since each has an order of its own in which a
+    block stores its keys and values.
+
+    Attributes:
+        runs_in_graphs: whether a step may be captured in a CUDA graph: nothing waits for the
+            device, and what is launched depends on shapes alone.
+    """
+
+    runs_in_graphs: ClassVar[bool]
 
     def write_cache(
         self,
@@ -47,11 +64,9 @@ class LayerKernel:
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
+        scales: Scales | None,
     ) -> None:
         """Stores keys and values in their slots; see `vllm_lminf.kernels.paged.write_cache`."""
-        compiled = self._compiled_for(kv_cache)
-        write = paged.write_cache if compiled is None else compiled.write_cache
-        write(key, value, kv_cache, slot_mapping)
 
     def attend(
         self,
@@ -59,72 +74,271 @@ class LayerKernel:
         kv_cache: torch.Tensor,
         metadata: LambdaMetadata,
         output: torch.Tensor,
+        scales: Scales | None,
     ) -> None:
         """Attention of a batch; see `vllm_lminf.kernels.paged.lambda_attention`."""
-        compiled = self._compiled_for(kv_cache)
-        if compiled is not None:
-            batch = metadata.cpu_batch(self._rotary, self._pattern)
-            compiled.lambda_attention(query, kv_cache, batch, output)
-            return
+
+
+class LayerKernel:
+    """What a layer does with its cache, by the kernel that suits this cache.
+
+    Which one that is settles with the first cache that is asked about, since vLLM chooses block
+    sizes once the model stands.
+
+    Args:
+        asked: the setting "kernel".
+        layer: the layer; block size and dtype of its cache are provisional.
+    """
+
+    def __init__(self, asked: str, layer: Layer) -> None:
+        self._asked = asked
+        self._layer = layer
+        self._settled: dict[tuple[int, torch.dtype], tuple[str, Kernel]] = {}
+
+    def name(self, block_size: int, dtype: torch.dtype) -> str:
+        """Which kernel runs on such a cache; one of the settings.
+
+        Raises:
+            UnsupportedError: the one that was asked for doesn't.
+        """
+        return self._settle(block_size, dtype)[0]
+
+    def runs_in_graphs(self, block_size: int, dtype: torch.dtype) -> bool:
+        """Whether the kernel for such a cache may be captured in a CUDA graph."""
+        return self._settle(block_size, dtype)[1].runs_in_graphs
+
+    def write_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        scales: Scales | None = None,
+    ) -> None:
+        """Stores keys and values in their slots; see `Kernel`."""
+        kernel = self._settle(kv_cache.shape[2], kv_cache.dtype)[1]
+        kernel.write_cache(key, value, kv_cache, slot_mapping, scales)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: LambdaMetadata,
+        output: torch.Tensor,
+        scales: Scales | None = None,
+    ) -> None:
+        """Attention of a batch; see `Kernel`."""
+        kernel = self._settle(kv_cache.shape[2], kv_cache.dtype)[1]
+        kernel.attend(query, kv_cache, metadata, output, scales)
+
+    def _settle(self, block_size: int, dtype: torch.dtype) -> tuple[str, Kernel]:
+        settled = self._settled.get((block_size, dtype))
+        if settled is None:
+            layer = self._layer
+            # vLLM stores 8-bit numbers as bytes; the layer's own setting says what they are.
+            cache_dtype = layer.situation.cache_dtype if dtype == torch.uint8 else dtype
+            situation = replace(layer.situation, block_size=block_size, cache_dtype=cache_dtype)
+            name = self._choose(situation)
+            settled = name, _MAKERS[name](replace(layer, situation=situation))
+            self._settled[block_size, dtype] = settled
+        return settled
+
+    def _choose(self, situation: Situation) -> str:
+        choice = choose(self._asked, situation)
+        if choice.kernel is None:
+            raise UnsupportedError(choice.reasons)
+        if choice.kernel == "cpu" and self._layer.compiled is None:
+            return "reference"  # an automatic choice; said when it couldn't be compiled
+        if choice.against:
+            logger.warning_once(
+                "the much slower PyTorch kernel runs%s: %s",
+                "" if situation.device_type == "cpu" else ", outside of CUDA graphs",
+                "; ".join(choice.reasons),
+            )
+        return choice.kernel
+
+
+class CompiledKernel:
+    """`vllm_lminf.kernels.cpu`."""
+
+    runs_in_graphs: ClassVar[bool] = False
+
+    def __init__(self, layer: Layer) -> None:
+        if layer.compiled is None:
+            raise ValueError("the layer wasn't compiled")
+        self._layer = layer.compiled
+        self._rotary, self._pattern = layer.far_rotary, layer.situation.pattern
+
+    def write_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        scales: Scales | None,
+    ) -> None:
+        """See `Kernel`."""
+        self._layer.write_cache(key, value, kv_cache, slot_mapping)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: LambdaMetadata,
+        output: torch.Tensor,
+        scales: Scales | None,
+    ) -> None:
+        """See `Kernel`."""
+        batch = metadata.cpu_batch(self._rotary, self._pattern)
+        self._layer.lambda_attention(query, kv_cache, batch, output)
+
+
+class ReferenceKernel:
+    """`vllm_lminf.kernels.paged`. It goes through a batch on the host, which on a GPU means that
+    the first layer of every step waits for the device."""
+
+    runs_in_graphs: ClassVar[bool] = False
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+
+    def write_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        scales: Scales | None,
+    ) -> None:
+        """See `Kernel`."""
+        paged.write_cache(key, value, kv_cache, slot_mapping)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: LambdaMetadata,
+        output: torch.Tensor,
+        scales: Scales | None,
+    ) -> None:
+        """See `Kernel`."""
+        pattern, rotary = self._layer.situation.pattern, self._layer.far_rotary
         paged.lambda_attention(
             query,
             kv_cache,
-            metadata.block_table,
+            metadata.batch.block_table,
             metadata.query_start_loc.tolist(),
             metadata.seq_lens.tolist(),
-            self._pattern,
-            rules=self._rules,
-            far=None if self._rotary is None else metadata.far(self._rotary, self._pattern),
+            pattern,
+            rules=self._layer.rules,
+            far=None if rotary is None else metadata.far(rotary, pattern),
             output=output,
         )
 
-    def _compiled_for(self, kv_cache: torch.Tensor) -> cpu.CpuLayer | None:
-        compiled = self._compiled
-        if compiled is None or compiled.serves(kv_cache.shape[2], kv_cache.dtype):
-            return compiled
-        logger.warning_once(
-            "blocks of %d tokens in %s: the compiled kernel takes multiples of 16 in the model's "
-            "own dtype, so the much slower PyTorch kernel runs; set --block-size 128 and "
-            "--kv-cache-dtype auto",
-            kv_cache.shape[2],
-            kv_cache.dtype,
+
+class TritonKernel:
+    """`vllm_lminf.kernels.triton`."""
+
+    runs_in_graphs: ClassVar[bool] = True
+
+    def __init__(self, layer: Layer) -> None:
+        from vllm_lminf.kernels.triton.layer import TritonLayer
+
+        situation = layer.situation
+        workspace = _workspace(layer)
+        self._layer = TritonLayer(
+            situation.heads, situation.pattern, layer.rules, _rotation(layer), workspace
         )
-        return None
+        self._cache_dtype = situation.cache_dtype
+
+    def write_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        scales: Scales | None,
+    ) -> None:
+        """See `Kernel`."""
+        cache = paged_cache(kv_cache, self._cache_dtype, scales)
+        self._layer.write_cache(key, value, cache, slot_mapping)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: LambdaMetadata,
+        output: torch.Tensor,
+        scales: Scales | None,
+    ) -> None:
+        """See `Kernel`."""
+        cache = paged_cache(kv_cache, self._cache_dtype, scales)
+        self._layer.lambda_attention(query, cache, metadata.batch, output)
+
+
+_MAKERS: dict[str, Callable[[Layer], Kernel]] = {
+    "cpu": CompiledKernel,
+    "reference": ReferenceKernel,
+    "triton": TritonKernel,
+}
+
+
+def paged_cache(kv_cache: torch.Tensor, dtype: torch.dtype, scales: Scales | None) -> PagedCache:
+    """vLLM's cache as the kernels for GPUs take it.
+
+    Args:
+        kv_cache: see `vllm_lminf.kernels.paged.split_cache`; 8-bit numbers as bytes.
+        dtype: what is stored.
+        scales: vLLM gives every layer some; numbers of 16 bits and more are stored as they are.
+    """
+    if dtype.itemsize > 1 or scales is None:
+        return PagedCache(*paged.split_cache(kv_cache.view(dtype)))
+    return PagedCache(*paged.split_cache(kv_cache.view(dtype)), *scales)
+
+
+def _rotation(layer: Layer) -> Rotation | None:
+    rotary = layer.far_rotary
+    return None if rotary is None else Rotation(rotary.tables, rotary.spec.is_neox_style)
+
+
+_workspaces: WeakValueDictionary[tuple[int, Heads, torch.device], Any] = WeakValueDictionary()
+
+
+def _workspace(layer: Layer) -> Any:
+    """Room for the kernels of an engine's layers with such heads. It lives as long as they do."""
+    from vllm_lminf.kernels.triton.layer import Workspace
+
+    key = id(layer.engine), layer.situation.heads, layer.device
+    workspace = _workspaces.get(key)
+    if workspace is None:
+        workspace = _workspaces[key] = Workspace(layer.situation.heads, layer.device)
+    return workspace
 
 
 def compile_layer(
-    choice: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    num_heads: int,
-    num_kv_heads: int,
-    head_size: int,
-    rules: ScoreRules,
+    asked: str, device: torch.device, heads: Heads, rules: ScoreRules
 ) -> cpu.CpuLayer | None:
-    """The compiled kernel for a layer, or None if PyTorch's is to run, with a warning if that is
-    not what was asked for.
+    """The compiled kernel for a layer, or None where it isn't asked for or can't be had.
 
     Args:
-        choice: the setting "kernel".
+        asked: the setting "kernel".
         device: where the model is.
-        dtype: of activations.
-        num_heads: query heads.
-        num_kv_heads: key heads.
-        head_size: dimensions of a head.
+        heads: the layer's.
         rules: how products become scores.
+
+    Raises:
+        UnsupportedError: it was asked for by name and can't be compiled.
     """
-    if choice == "torch" or device.type != "cpu":
+    if asked not in ("auto", "cpu") or device.type != "cpu":
         return None
-    if not cpu.serves(dtype, head_size):
-        logger.warning_once(
-            "heads of %d dimensions in %s: the compiled kernel takes multiples of 16 in float32, "
-            "float16 or bfloat16, so the much slower PyTorch kernel runs",
-            head_size,
-            dtype,
-        )
-        return None
+    if not cpu.serves(heads.dtype, heads.head_size):
+        return None  # said once a cache is there, with all other reasons
     try:
-        return cpu.CpuLayer(num_heads, num_kv_heads, head_size, dtype, rules)
+        return cpu.CpuLayer(
+            heads.num_heads, heads.num_kv_heads, heads.head_size, heads.dtype, rules
+        )
     except BuildError as error:
+        if asked == "cpu":
+            raise UnsupportedError([f"kernel 'cpu': {error}"]) from error
         logger.warning_once("the much slower PyTorch kernel runs: %s", error)
         return None

@@ -1,19 +1,21 @@
 """What every layer needs to know of a batch, put together once a step."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_lminf import compat
 from vllm_lminf.attention.hugging_face import ExactPositionEmbeddings
@@ -21,6 +23,7 @@ from vllm_lminf.attention.patterns import cache_pattern
 from vllm_lminf.attention.rotary import ExactRotaryEmbedding
 from vllm_lminf.config import BACKEND_NAME
 from vllm_lminf.kernels.cpu import CpuBatch
+from vllm_lminf.kernels.interface import DeviceBatch
 from vllm_lminf.kernels.paged import FarRotations, far_rotations
 from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import LambdaPattern
@@ -33,24 +36,40 @@ Rotary = ExactRotaryEmbedding | ExactPositionEmbeddings
 
 @dataclass
 class LambdaMetadata(AttentionMetadata):
-    """A batch, as the kernel wants it.
+    """A batch, as the kernels want it.
+
+    What kernels on the host need is fetched when the first of them asks, and that waits for the
+    device; kernels on the device need none of it.
 
     Attributes:
-        num_actual_tokens: rows of the query that belong to a request; the rest is padding.
-        query_start_loc: offsets of the requests' rows; int32 [num_requests + 1], on the CPU.
-        seq_lens: every request's tokens in the cache, this step's included; int32 [num_requests],
-            on the CPU.
-        block_table: int32 [num_requests, max_blocks].
-        positions: int64 [num_actual_tokens].
+        num_actual_tokens: no row of the query from here on belongs to a request.
+        batch: where the requests' rows, keys and blocks are, on the model's device.
     """
 
     num_actual_tokens: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    positions: torch.Tensor
+    batch: DeviceBatch
     _far: dict[tuple[Rotary, LambdaPattern], FarRotations] = field(default_factory=dict)
     _cpu: dict[tuple[Rotary | None, LambdaPattern], CpuBatch] = field(default_factory=dict)
+
+    @cached_property
+    def query_start_loc(self) -> torch.Tensor:
+        """Offsets of the requests' rows; int32 [num_requests + 1], on the CPU."""
+        return self.batch.query_start_loc.cpu()
+
+    @cached_property
+    def seq_lens(self) -> torch.Tensor:
+        """Every request's tokens in the cache, this step's included; int32 [num_requests], on the
+        CPU."""
+        return self.batch.seq_lens.cpu()
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """Where the requests' rows stand; int64 [query_start_loc[-1]], on the model's device."""
+        query_lens = self.query_start_loc.diff()
+        offset_in_request = torch.arange(int(self.query_start_loc[-1]))
+        offset_in_request -= self.query_start_loc[:-1].repeat_interleave(query_lens)
+        positions = (self.seq_lens - query_lens).repeat_interleave(query_lens) + offset_in_request
+        return positions.to(self.batch.seq_lens.device, torch.int64)
 
     def far(self, rotary: Rotary, pattern: LambdaPattern) -> FarRotations:
         """The far rotations of this batch, computed by the first layer that asks for them."""
@@ -65,13 +84,15 @@ class LambdaMetadata(AttentionMetadata):
         if (rotary, pattern) not in self._cpu:
             far = None if rotary is None else self.far(rotary, pattern)
             self._cpu[rotary, pattern] = CpuBatch(
-                self.query_start_loc, self.seq_lens, self.block_table, pattern, far
+                self.query_start_loc, self.seq_lens, self.batch.block_table, pattern, far
             )
         return self._cpu[rotary, pattern]
 
 
 class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
     """Turns vLLM's description of a batch into ours."""
+
+    supports_draft_decode_metadata_update: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -96,60 +117,74 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
         else:
             _warn_if_all_layers_have_windows(vllm_config)
 
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        """All batches, prefill among them, where every layer's kernel may be captured; none where
+        one may not, which leaves graphs of what is between the layers' attention."""
+        kernels = [
+            layer.impl.kernel
+            for layer in get_layers_from_vllm_config(vllm_config, Attention).values()
+        ]
+        if not isinstance(kv_cache_spec, LambdaSpec) or None in kernels:
+            return AttentionCGSupport.NEVER
+        cache = kv_cache_spec.block_size, kv_cache_spec.dtype
+        captured = kernels and all(kernel.runs_in_graphs(*cache) for kernel in kernels)
+        return AttentionCGSupport.ALWAYS if captured else AttentionCGSupport.NEVER
+
     def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> LambdaMetadata:
+        """Refers to vLLM's own tensors, so that nothing waits for the device, and a captured graph
+        finds the batch of each step where it found that of its capture."""
         common = common_attn_metadata
-        query_start_loc = common.query_start_loc_cpu[: common.num_reqs + 1]
-        seq_lens = common.seq_lens[: common.num_reqs].cpu()
-        query_lens = query_start_loc.diff()
-        offset_in_request = torch.arange(int(query_start_loc[-1]))
-        offset_in_request -= query_start_loc[:-1].repeat_interleave(query_lens)
-        positions = (seq_lens - query_lens).repeat_interleave(query_lens) + offset_in_request
         return LambdaMetadata(
-            num_actual_tokens=int(query_start_loc[-1]),
-            query_start_loc=query_start_loc,
-            seq_lens=seq_lens,
-            block_table=common.block_table_tensor,
-            positions=positions.to(self.device, torch.int64),
+            num_actual_tokens=common.num_actual_tokens,
+            batch=DeviceBatch(
+                query_start_loc=common.query_start_loc[: common.num_reqs + 1],
+                seq_lens=common.seq_lens[: common.num_reqs],
+                block_table=common.block_table_tensor[: common.num_reqs],
+                max_query_len=common.max_query_len,
+            ),
         )
 
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
     ) -> LambdaMetadata:
-        common = common_attn_metadata
+        metadata = self.build(common_prefix_len=0, common_attn_metadata=common_attn_metadata)
         if draft_index == 0:
-            common = _set_rejected_drafts_apart(common)
-        return self.build(common_prefix_len=0, common_attn_metadata=common, fast_build=True)
+            slots = common_attn_metadata.slot_mapping[: metadata.num_actual_tokens]
+            metadata.batch = _set_rejected_drafts_apart(metadata.batch, slots)
+        return metadata
+
+    def update_draft_decode_metadata(self, metadata: LambdaMetadata) -> None:
+        """Nothing to do: `build` refers to the tensors that the draft steps change."""
 
 
-def _set_rejected_drafts_apart(common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+def _set_rejected_drafts_apart(batch: DeviceBatch, slot_mapping: torch.Tensor) -> DeviceBatch:
     """A draft model's first pass is given the drafts that were just rejected too, as the last rows
     of their request, and no slots to store their keys in. What is in those slots is older: the
     other rows must not come near it. So these rows become a request of their own, at the start of
-    the same blocks; nobody looks at what it computes.
+    the same blocks; nobody looks at what it computes. Where nothing was rejected, it has no rows.
+
+    Args:
+        batch: as vLLM describes it.
+        slot_mapping: [>= query_start_loc[-1]]; negative where there is no slot.
     """
-    query_start_loc = common.query_start_loc_cpu[: common.num_reqs + 1]
-    query_lens = query_start_loc.diff()
-    rows = torch.arange(common.num_reqs).repeat_interleave(query_lens)
-    without_slot = common.slot_mapping[: len(rows)].cpu() < 0
-    rejected = torch.zeros_like(query_lens).index_add_(0, rows, without_slot.to(query_lens.dtype))
-    if not rejected.any():
-        return common
-    seq_lens = common.seq_lens[: common.num_reqs].cpu()
-    lens = torch.stack((query_lens - rejected, rejected), dim=1).flatten()
-    ends = torch.stack((seq_lens - rejected, rejected), dim=1).flatten()
-    block_table = common.block_table_tensor[: common.num_reqs].repeat_interleave(2, dim=0)
-    kept = lens > 0
-    return replace(
-        common,
-        num_reqs=int(kept.sum()),
-        query_start_loc_cpu=torch.cat((query_start_loc[:1], lens[kept].cumsum(0))).int(),
-        seq_lens=ends[kept],
-        block_table_tensor=block_table[kept.to(block_table.device)],
+    starts, ends = batch.query_start_loc[:-1].long(), batch.query_start_loc[1:].long()
+    before = torch.nn.functional.pad((slot_mapping < 0).cumsum(0, dtype=torch.int32), (1, 0))
+    rejected = before[ends] - before[starts]
+    kept = batch.query_start_loc.diff() - rejected
+    lens = torch.stack((kept, rejected), dim=1).flatten()
+    return DeviceBatch(
+        query_start_loc=torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0)),
+        seq_lens=torch.stack((batch.seq_lens - rejected, rejected), dim=1).flatten(),
+        block_table=batch.block_table.repeat_interleave(2, dim=0),
+        max_query_len=batch.max_query_len,
     )
 
 

@@ -1,0 +1,120 @@
+"""Which kernel a layer runs: the one that was asked for, or the best that can run where it is.
+
+A kernel's module is imported when it is asked about, and the library behind it no earlier.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+from vllm_lminf.kernels import cpu
+from vllm_lminf.kernels.interface import Situation
+
+_MODULES = {
+    "triton": ("vllm_lminf.kernels.triton.layer", "triton", "pip install triton"),
+    "xformers": ("vllm_lminf.kernels.xformers", "xformers", 'pip install "vllm-lminf[xformers]"'),
+    "flash": ("vllm_lminf.kernels.flash", "torch", ""),
+}
+"""Where a kernel is, the package that it needs, and how to get that."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and what was passed over.
+
+    Attributes:
+        kernel: its name; None if nothing that was asked for can run.
+        against: for every kernel that was looked at and can't run, in order, the reasons.
+    """
+
+    kernel: str | None
+    against: dict[str, list[str]]
+
+    @property
+    def reasons(self) -> list[str]:
+        """All reasons, each with its kernel's name."""
+        return [
+            f"kernel {name!r}: {reason}"
+            for name, reasons in self.against.items()
+            for reason in reasons
+        ]
+
+
+def choose(asked: str, situation: Situation) -> Choice:
+    """The kernel for a layer.
+
+    Args:
+        asked: the setting "kernel": a kernel's name, which no other takes the place of, or "auto".
+        situation: where the layer is to run.
+    """
+    against: dict[str, list[str]] = {}
+    for kernel in _automatic(situation) if asked == "auto" else (asked,):
+        reasons = reasons_against(kernel, situation)
+        if not reasons:
+            return Choice(kernel, against)
+        against[kernel] = reasons
+    return Choice(None, against)
+
+
+def _automatic(situation: Situation) -> tuple[str, ...]:
+    """What "auto" looks at, best first.
+
+    A kernel is here where it was measured to be the fastest of those that serve. On GPUs nothing
+    has been measured yet, so it is the one that serves most: xformers and, for the prefill of
+    devices from compute capability 9.0 on, FlashAttention have to be asked for by name.
+    """
+    return ("cpu" if situation.device_type == "cpu" else "triton", "reference")
+
+
+def reasons_against(kernel: str, situation: Situation) -> list[str]:
+    """Why a kernel can't run there; empty when it can."""
+    if kernel in _MODULES:
+        return _library_reasons(kernel, situation)
+    own: dict[str, Callable[[Situation], list[str]]] = {
+        "cpu": _cpu_reasons,
+        "reference": _reference_reasons,
+    }
+    return own[kernel](situation)
+
+
+def _library_reasons(kernel: str, situation: Situation) -> list[str]:
+    module, package, remedy = _MODULES[kernel]
+    if find_spec(package) is None:
+        return [f"{package} isn't installed: {remedy}"]
+    reasons: list[str] = import_module(module).reasons_against(situation)
+    return reasons
+
+
+def _cpu_reasons(situation: Situation) -> list[str]:
+    reasons = []
+    heads = situation.heads
+    if situation.device_type != "cpu":
+        reasons.append(f"it runs on CPUs, not on {situation.device_type}")
+    if not cpu.serves(heads.dtype, heads.head_size):
+        reasons.append(
+            "it takes heads of a multiple of 16 dimensions in float32, float16 or bfloat16, not "
+            f"{heads.head_size} in {_name(heads.dtype)}"
+        )
+    if situation.block_size % 16 != 0:
+        reasons.append(
+            "it takes blocks of a multiple of 16 tokens, not --block-size "
+            f"{situation.block_size}; set --block-size 128"
+        )
+    if situation.cache_dtype != heads.dtype:
+        reasons.append(
+            f"it keeps the cache in the model's dtype, not in {_name(situation.cache_dtype)}"
+        )
+    return reasons
+
+
+def _reference_reasons(situation: Situation) -> list[str]:
+    if situation.cache_dtype.itemsize > 1:
+        return []
+    return [f"it keeps the cache in 16 or 32 bits, not in {_name(situation.cache_dtype)}"]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
