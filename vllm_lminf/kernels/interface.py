@@ -1,6 +1,8 @@
 """What a kernel is told, whichever kernel it is: the rules, the cache, the batch, the rotation."""
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -88,12 +90,19 @@ class DeviceBatch:
         block_table: int32 [num_requests, max_blocks]. Entries of blocks that were freed are never
             followed.
         max_query_len: no request has more query rows; known on the host.
+        query_start_loc_cpu, seq_lens_cpu: the same on the host, where they are there anyway; a
+            kernel that needs them waits for the device without.
+        shared: what a kernel works out of this batch for all layers. A batch is one step's, or one
+            captured graph's: never changed and used again.
     """
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     max_query_len: int
+    query_start_loc_cpu: torch.Tensor | None = None
+    seq_lens_cpu: torch.Tensor | None = None
+    shared: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
