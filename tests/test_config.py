@@ -94,9 +94,8 @@ class TestRefusals:
         with pytest.raises(SettingsError) as refusal:
             read({"kernel": value})
         (problem,) = refusal.value.problems
-        assert problem.endswith(
-            f'"kernel" in lminf is {value!r}: it must be one of auto, triton, xformers, flash, cpu, reference'
-        )
+        assert f'"kernel" in lminf is {value!r}: it must be one of ' in problem
+        assert problem.endswith("auto, triton, xformers, flash, cpu, reference")
 
     @pytest.mark.parametrize("name", ["n_local", "distance_limit"])
     def test_zero_where_it_means_nothing(self, name: str) -> None:

@@ -262,6 +262,28 @@ def declare_variables(names: list[str]) -> None:
         vllm.envs.environment_variables.setdefault(name, lambda name=name: os.environ.get(name))
 
 
+def reasons_against_flash_attention() -> list[str]:
+    """Why the FlashAttention that vLLM ships can't be had here; empty where it can."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return ["vLLM ships it for NVIDIA's devices alone"]
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError as error:
+        return [f"it isn't part of this vLLM ({error})"]
+    return []
+
+
+def flash_attention(head_size: int) -> Callable[..., Any]:
+    """FlashAttention as vLLM ships it, in the version that vLLM takes for such heads here."""
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    version = get_flash_attn_version(head_size=head_size)
+    return functools.partial(flash_attn_varlen_func, fa_version=version)
+
+
 def trained_length(model_config: ModelConfig) -> int | None:
     """Tokens of context that the checkpoint was trained for; None if its configuration is silent.
 

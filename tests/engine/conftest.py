@@ -16,6 +16,9 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 
 Engine = Callable[..., AbstractContextManager[LLM]]
 
+# Triton decides when a kernel is defined whether it will be interpreted.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
 
 @contextlib.contextmanager
 def start_engine(
@@ -24,11 +27,17 @@ def start_engine(
     n_global: int | None = None,
     n_local: int | None = None,
     distance_limit: int | None = None,
+    kernel: str | None = None,
     backend: str | None = "LMINF",
     **arguments: Any,
 ) -> Iterator[LLM]:
     """An engine in this process; see `engine`."""
-    given = {"n_global": n_global, "n_local": n_local, "distance_limit": distance_limit}
+    given = {
+        "n_global": n_global,
+        "n_local": n_local,
+        "distance_limit": distance_limit,
+        "kernel": kernel,
+    }
     settings = {name: value for name, value in given.items() if value is not None}
     defaults: dict[str, Any] = {
         "dtype": "float32",

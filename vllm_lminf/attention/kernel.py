@@ -8,11 +8,13 @@ from weakref import WeakValueDictionary
 import torch
 from vllm.logger import init_logger
 
+from vllm_lminf import compat
 from vllm_lminf.attention.metadata import LambdaMetadata, Rotary
 from vllm_lminf.kernels import cpu, paged
 from vllm_lminf.kernels.choice import choose
 from vllm_lminf.kernels.interface import Heads, PagedCache, Rotation, ScoreRules, Situation
 from vllm_lminf.kernels.native.build import BuildError
+from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.startup import UnsupportedError
 
 logger = init_logger("vllm.lminf")
@@ -236,20 +238,15 @@ class ReferenceKernel:
         )
 
 
-class TritonKernel:
-    """`vllm_lminf.kernels.triton`."""
-
-    runs_in_graphs: ClassVar[bool] = True
+class _GpuKernel:
+    """What the kernels for GPUs have in common: the cache is written by Triton's."""
 
     def __init__(self, layer: Layer) -> None:
         from vllm_lminf.kernels.triton.layer import TritonLayer
 
-        situation = layer.situation
-        workspace = _workspace(layer)
-        self._layer = TritonLayer(
-            situation.heads, situation.pattern, layer.rules, _rotation(layer), workspace
-        )
-        self._cache_dtype = situation.cache_dtype
+        self._cache_dtype = layer.situation.cache_dtype
+        self._triton = TritonLayer(*_description(layer), _workspace(layer))
+        self._attending: Any = self._triton
 
     def write_cache(
         self,
@@ -261,7 +258,7 @@ class TritonKernel:
     ) -> None:
         """See `Kernel`."""
         cache = paged_cache(kv_cache, self._cache_dtype, scales)
-        self._layer.write_cache(key, value, cache, slot_mapping)
+        self._triton.write_cache(key, value, cache, slot_mapping)
 
     def attend(
         self,
@@ -273,13 +270,46 @@ class TritonKernel:
     ) -> None:
         """See `Kernel`."""
         cache = paged_cache(kv_cache, self._cache_dtype, scales)
-        self._layer.lambda_attention(query, cache, metadata.batch, output)
+        self._attending.lambda_attention(query, cache, metadata.batch, output)
+
+
+class TritonKernel(_GpuKernel):
+    """`vllm_lminf.kernels.triton`."""
+
+    runs_in_graphs: ClassVar[bool] = True
+
+
+class XformersKernel(_GpuKernel):
+    """`vllm_lminf.kernels.xformers`. For prefill it has to know lengths on the host."""
+
+    runs_in_graphs: ClassVar[bool] = False
+
+    def __init__(self, layer: Layer) -> None:
+        from vllm_lminf.kernels.xformers import XformersLayer
+
+        super().__init__(layer)
+        self._attending = XformersLayer(*_description(layer))
+
+
+class FlashKernel(_GpuKernel):
+    """`vllm_lminf.kernels.flash`. That its launches may be captured was never tried."""
+
+    runs_in_graphs: ClassVar[bool] = False
+
+    def __init__(self, layer: Layer) -> None:
+        from vllm_lminf.kernels.flash import FlashLayer
+
+        super().__init__(layer)
+        attend = compat.flash_attention(layer.situation.heads.head_size)
+        self._attending = FlashLayer(*_description(layer), _workspace(layer), attend)
 
 
 _MAKERS: dict[str, Callable[[Layer], Kernel]] = {
     "cpu": CompiledKernel,
+    "flash": FlashKernel,
     "reference": ReferenceKernel,
     "triton": TritonKernel,
+    "xformers": XformersKernel,
 }
 
 
@@ -296,9 +326,11 @@ def paged_cache(kv_cache: torch.Tensor, dtype: torch.dtype, scales: Scales | Non
     return PagedCache(*paged.split_cache(kv_cache.view(dtype)), *scales)
 
 
-def _rotation(layer: Layer) -> Rotation | None:
-    rotary = layer.far_rotary
-    return None if rotary is None else Rotation(rotary.tables, rotary.spec.is_neox_style)
+def _description(layer: Layer) -> tuple[Heads, LambdaPattern, ScoreRules, Rotation | None]:
+    """A layer, in the terms of the kernels for GPUs."""
+    rotary, situation = layer.far_rotary, layer.situation
+    rotation = None if rotary is None else Rotation(rotary.tables, rotary.spec.is_neox_style)
+    return situation.heads, situation.pattern, layer.rules, rotation
 
 
 _workspaces: WeakValueDictionary[tuple[int, Heads, torch.device], Any] = WeakValueDictionary()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -92,8 +92,6 @@ class LambdaMetadata(AttentionMetadata):
 class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
     """Turns vLLM's description of a batch into ours."""
 
-    supports_draft_decode_metadata_update: ClassVar[bool] = True
-
     def __init__(
         self,
         kv_cache_spec: AttentionSpec,
@@ -112,6 +110,10 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
                     "which isn't this engine's Λ: build one engine at a time in a process"
                 ]
             )
+        # Drafts may be made within one captured graph, where a batch changes under its metadata.
+        self.supports_draft_decode_metadata_update = (
+            self.get_cudagraph_support(vllm_config, kv_cache_spec) is AttentionCGSupport.ALWAYS
+        )
         if None in windows:
             _log_what_is_active(kv_cache_spec, vllm_config, layers)
         else:

@@ -1,12 +1,10 @@
 """Which kernel a layer runs: the one that was asked for, or the best that can run where it is.
 
-A kernel's module is imported when it is asked about, and the library behind it no earlier.
+A kernel's module is imported when it is asked about, and the library behind it once it is used.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 
@@ -14,11 +12,10 @@ from vllm_lminf.kernels import cpu
 from vllm_lminf.kernels.interface import Situation
 
 _MODULES = {
-    "triton": ("vllm_lminf.kernels.triton.layer", "triton", "pip install triton"),
-    "xformers": ("vllm_lminf.kernels.xformers", "xformers", 'pip install "vllm-lminf[xformers]"'),
-    "flash": ("vllm_lminf.kernels.flash", "torch", ""),
+    "flash": "vllm_lminf.kernels.flash",
+    "triton": "vllm_lminf.kernels.triton.layer",
+    "xformers": "vllm_lminf.kernels.xformers",
 }
-"""Where a kernel is, the package that it needs, and how to get that."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +69,9 @@ def _automatic(situation: Situation) -> tuple[str, ...]:
 def reasons_against(kernel: str, situation: Situation) -> list[str]:
     """Why a kernel can't run there; empty when it can."""
     if kernel in _MODULES:
-        return _library_reasons(kernel, situation)
-    own: dict[str, Callable[[Situation], list[str]]] = {
-        "cpu": _cpu_reasons,
-        "reference": _reference_reasons,
-    }
-    return own[kernel](situation)
-
-
-def _library_reasons(kernel: str, situation: Situation) -> list[str]:
-    module, package, remedy = _MODULES[kernel]
-    if find_spec(package) is None:
-        return [f"{package} isn't installed: {remedy}"]
-    reasons: list[str] = import_module(module).reasons_against(situation)
-    return reasons
+        reasons: list[str] = import_module(_MODULES[kernel]).reasons_against(situation)
+        return reasons
+    return _cpu_reasons(situation) if kernel == "cpu" else _reference_reasons(situation)
 
 
 def _cpu_reasons(situation: Situation) -> list[str]:
