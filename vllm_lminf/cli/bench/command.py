@@ -9,11 +9,15 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from vllm_lminf.cli.bench import engine_command, kernel_command
+from vllm_lminf.cli.bench import engine_command, kernel_command, start_command
 
 HELP = "measure what LMINF costs beside vLLM's own attention"
 
-BENCHMARKS: dict[str, ModuleType] = {"kernel": kernel_command, "engine": engine_command}
+BENCHMARKS: dict[str, ModuleType] = {
+    "kernel": kernel_command,
+    "engine": engine_command,
+    "start": start_command,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,11 @@ def prepare_output(output: Path) -> None:
     """Make the output folder; refuse to measure what could not be drawn or written."""
     if find_spec("matplotlib") is None:
         raise CliError("matplotlib is not installed: pip install 'vllm-lminf[plot]'")
+    make_folder(output)
+
+
+def make_folder(output: Path) -> None:
+    """Make the output folder, or say why it can't be made."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
