@@ -14,7 +14,7 @@ import triton.language as tl
 
 from vllm_lminf.kernels.triton.angles import angles_of, partners, turn_back
 from vllm_lminf.kernels.triton.softmax import begin, score, update
-from vllm_lminf.kernels.triton.tiles import load_rows, request_of_tile, slots_of
+from vllm_lminf.kernels.triton.tiles import blocks_of, load_rows, request_of_tile
 
 
 @triton.jit
@@ -51,22 +51,24 @@ def global_branch(
         mask = valid[:, None] & (other < HEAD_SIZE)[None, :]
         exchanged = tl.load(query_row[:, None] + other[None, :], mask=mask, other=0.0)
         at_limit = turn_back(query, exchanged, cos, sin, dims, HALF, IS_NEOX).to(query.dtype)
-    for tile in range(first_tile, end_tile):
+    # Few tiles: stages for them would take room from those of the window.
+    for tile in tl.range(first_tile, end_tile, num_stages=1):
         start = tile * TILE_GLOBAL
         offsets = tl.arange(0, TILE_GLOBAL)
         keys = start + offsets
         readable = keys < num_global
-        block, place = slots_of(block_row, start, keys, readable, BLOCK_SIZE, TILE_GLOBAL)
+        blocks = blocks_of(block_row, tile, 0, num_global - 1, BLOCK_SIZE, TILE_GLOBAL)
         k = load_rows(
-            key, block, place, dims, readable, stride_key_block, stride_key_token, HEAD_SIZE, DIMS
-        )
+            key, blocks, keys, dims, readable, stride_key_block, stride_key_token,
+            BLOCK_SIZE, HEAD_SIZE, DIMS,
+        )  # fmt: skip
         distance = position[:, None] - keys[None, :]
         if angles is None:
             products = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee")
         else:
             k_exchanged = load_rows(
-                key, block, place, other, readable, stride_key_block, stride_key_token,
-                HEAD_SIZE, DIMS,
+                key, blocks, keys, other, readable, stride_key_block, stride_key_token,
+                BLOCK_SIZE, HEAD_SIZE, DIMS,
             )  # fmt: skip
             k_cos, k_sin = angles_of(angles, start, offsets, dims, HALF, IS_NEOX)
             at_zero = turn_back(k, k_exchanged, k_cos, k_sin, dims, HALF, IS_NEOX).to(query.dtype)
@@ -78,8 +80,8 @@ def global_branch(
         visible = (distance >= N_LOCAL) & (keys < N_GLOBAL)[None, :]
         scores = tl.where(visible, scores, float("-inf"))
         v = load_rows(
-            value, block, place, dims, readable, stride_value_block, stride_value_token,
-            HEAD_SIZE, DIMS,
+            value, blocks, keys, dims, readable, stride_value_block, stride_value_token,
+            BLOCK_SIZE, HEAD_SIZE, DIMS,
         )  # fmt: skip
         weighted, total, largest = update(weighted, total, largest, scores, unit, v.to(query.dtype))
     return weighted, total, largest
@@ -88,8 +90,8 @@ def global_branch(
 @triton.jit
 def window_tile(
     weighted, total, largest,
-    query, position, tile, first, last,
-    key, value, block_row, slopes, scale,
+    query, position, tile, blocks, first, last,
+    key, value, slopes, scale,
     stride_key_block, stride_key_token, stride_value_block, stride_value_token,
     N_LOCAL: tl.constexpr, HEAD_SIZE: tl.constexpr, DIMS: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr, IS_EDGE: tl.constexpr,
@@ -97,20 +99,20 @@ def window_tile(
     """Adds one tile of the window to a softmax.
 
     Args:
+        blocks: the tile's, see `blocks_of`.
         first, last: where the first and the last row's queries stand.
         IS_EDGE: whether some row may not see some key; otherwise all see all.
         Others: see `global_branch`.
     """
     dims = tl.arange(0, DIMS)
-    start = tile * TILE_KEYS
-    keys = start + tl.arange(0, TILE_KEYS)
+    keys = tile * TILE_KEYS + tl.arange(0, TILE_KEYS)
     readable = None
     if IS_EDGE:
         readable = (keys > first - N_LOCAL) & (keys <= last)
-    block, place = slots_of(block_row, start, keys, readable, BLOCK_SIZE, TILE_KEYS)
     k = load_rows(
-        key, block, place, dims, readable, stride_key_block, stride_key_token, HEAD_SIZE, DIMS
-    )
+        key, blocks, keys, dims, readable, stride_key_block, stride_key_token,
+        BLOCK_SIZE, HEAD_SIZE, DIMS,
+    )  # fmt: skip
     products = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee")
     distance = position[:, None] - keys[None, :]
     scores, unit = score(products, distance, slopes, scale, SOFTCAP)
@@ -118,8 +120,9 @@ def window_tile(
         visible = (distance >= 0) & (distance < N_LOCAL)
         scores = tl.where(visible, scores, float("-inf"))
     v = load_rows(
-        value, block, place, dims, readable, stride_value_block, stride_value_token, HEAD_SIZE, DIMS
-    )
+        value, blocks, keys, dims, readable, stride_value_block, stride_value_token,
+        BLOCK_SIZE, HEAD_SIZE, DIMS,
+    )  # fmt: skip
     return update(weighted, total, largest, scores, unit, v.to(query.dtype))
 
 
@@ -183,7 +186,7 @@ def attention_kernel(
     if key_scale is not None:
         scale *= tl.load(key_scale)
 
-    block_row = block_table + request.to(tl.int64) * stride_table
+    block_row = block_table + tl.cast(request, tl.int64) * stride_table
     key += kv_head * stride_key_head
     value += kv_head * stride_value_head
     num_global = tl.minimum(tl.maximum(last - N_LOCAL + 1, 0), N_GLOBAL)
@@ -220,34 +223,51 @@ def attention_kernel(
         from_last = tl.maximum(last - N_LOCAL + 1, 0)
         interior_start = from_last // TILE_KEYS + (from_last % TILE_KEYS != 0)
         num_interior = tl.maximum((first + 1) // TILE_KEYS - interior_start, 0)
+    # Blocks are looked up one tile ahead, so that no load of keys waits for the table.
+    low, last_tile = first - N_LOCAL + 1, last // TILE_KEYS
+    current = window_start + tl.where(window_start < interior_start, 0, num_interior)
+    current = tl.minimum(current, last_tile)
+    blocks = blocks_of(block_row, current, low, last, BLOCK_SIZE, TILE_KEYS)
     for edge in range(window_start, window_end - num_interior):
+        following = edge + 1 + tl.where(edge + 1 < interior_start, 0, num_interior)
+        following = tl.minimum(following, last_tile)
+        next_blocks = blocks_of(block_row, following, low, last, BLOCK_SIZE, TILE_KEYS)
         weighted, total, largest = window_tile(
             weighted, total, largest,
-            q, position, edge + tl.where(edge < interior_start, 0, num_interior), first, last,
-            key, value, block_row, row_slopes, scale,
+            q, position, current, blocks, first, last,
+            key, value, row_slopes, scale,
             stride_key_block, stride_key_token, stride_value_block, stride_value_token,
             N_LOCAL, HEAD_SIZE, DIMS, SOFTCAP, BLOCK_SIZE, TILE_KEYS, True,
         )  # fmt: skip
+        current, blocks = following, next_blocks
     if not IS_DECODE:
+        current = tl.minimum(interior_start, last_tile)
+        blocks = blocks_of(block_row, current, low, last, BLOCK_SIZE, TILE_KEYS)
         for inner in range(interior_start, interior_start + num_interior):
+            following = tl.minimum(inner + 1, last_tile)
+            next_blocks = blocks_of(block_row, following, low, last, BLOCK_SIZE, TILE_KEYS)
             weighted, total, largest = window_tile(
                 weighted, total, largest,
-                q, position, inner, first, last,
-                key, value, block_row, row_slopes, scale,
+                q, position, inner, blocks, first, last,
+                key, value, row_slopes, scale,
                 stride_key_block, stride_key_token, stride_value_block, stride_value_token,
                 N_LOCAL, HEAD_SIZE, DIMS, SOFTCAP, BLOCK_SIZE, TILE_KEYS, False,
             )  # fmt: skip
+            blocks = next_blocks
 
-    share_of_one = 1.0 / tl.where(total > 0, total, 1.0)
+    # A split's keys may all be hidden from some row.
+    has_keys = total > 0
+    total = tl.where(has_keys, total, 1.0)
+    factor = 1.0 / total
     if value_scale is not None:
-        share_of_one *= tl.load(value_scale)
-    result = weighted * share_of_one[:, None]
+        factor *= tl.load(value_scale)
+    result = weighted * factor[:, None]
     if partial is None:
         output_row = output + token * stride_output_token + head * stride_output_head
         tl.store(output_row[:, None] + dims[None, :], result.to(output.dtype.element_ty), present)
     else:
         program = (tile * tl.num_programs(1) + kv_head) * tl.num_programs(2) + split
         partial_row = program.to(tl.int64) * TILE_ROWS + rows
-        lse = tl.where(total > 0, largest + tl.log2(total), float("-inf"))
+        lse = tl.where(has_keys, largest + tl.log2(total), float("-inf"))
         tl.store(partial_lse + partial_row, lse, mask=valid)
         tl.store(partial + partial_row[:, None] * DIMS + dims[None, :], result, mask=valid[:, None])

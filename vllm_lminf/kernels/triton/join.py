@@ -80,7 +80,7 @@ def join_kernel(
         q, query_row, valid, position, num_global,
         0, (num_global + TILE_GLOBAL - 1) // TILE_GLOBAL,
         key + kv_head * stride_key_head, value + kv_head * stride_value_head,
-        block_table + request.to(tl.int64) * stride_table, angles, row_slopes, scale,
+        block_table + tl.cast(request, tl.int64) * stride_table, angles, row_slopes, scale,
         stride_key_block, stride_key_token, stride_value_block, stride_value_token,
         N_GLOBAL, N_LOCAL, LIMIT, HEAD_SIZE, DIMS, HALF, IS_NEOX,
         SOFTCAP, BLOCK_SIZE, TILE_GLOBAL,

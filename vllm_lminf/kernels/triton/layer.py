@@ -316,6 +316,7 @@ class TritonLayer:
                 partial, lse, output, batch.query_start_loc, *output.stride()[:2],
                 NUM_SPLITS=splits, SPLITS=power_of_two(splits), NUM_KV_HEADS=num_kv_heads,
                 **self._sizes, TILE_ROWS=plan.rows, TILE_QUERIES=plan.queries,
+                num_warps=8 if self._dims > 128 else 4,
             )  # fmt: skip
 
     def _attention_arguments(

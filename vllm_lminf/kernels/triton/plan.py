@@ -2,6 +2,19 @@
 
 They follow from what the host knows without asking the device: the layer, the cache, and bounds on
 the batch. A launch is therefore the same whenever a captured CUDA graph is replayed.
+
+What a step costs, for heads of ``d`` dimensions, ``w`` keys in the window, elements of ``b`` bytes:
+
+- A decode step reads ``2 * w * d * b`` bytes for every request and key head, 2 MiB for w = 4096,
+  d = 128 and bfloat16, and computes ``4 * w * d`` flops for every query head: 4 flops a byte with
+  4 query heads to a key head, far below what keeps any GPU busy. Time is bytes over bandwidth, as
+  long as enough of them are under way: some 40 KB a multiprocessor on an H200. Hence small tiles
+  of rows, several stages of keys, and splits for small batches.
+- A prefill chunk computes ``4 * w * d`` flops for every query and query head. A tile of 128 rows
+  reads 1 byte for 128 flops, from the L2 cache mostly, and keeps the tensor cores busy. Tiles of
+  128 keys on Hopper, because a product of 64 rows and 64 keys from shared memory takes all of its
+  bandwidth.
+- The global branch adds ``n_global`` keys to ``w``, and turns the tile of queries once.
 """
 
 from dataclasses import dataclass
@@ -78,19 +91,22 @@ def decode_rows(heads: Heads, max_query_len: int) -> int:
     return max(_MIN_ROWS, rows if rows <= MAX_DECODE_ROWS else power_of_two(group))
 
 
-def _global_keys(pattern: LambdaPattern, most: int) -> int:
-    return min(most, max(_MIN_ROWS, power_of_two(max(pattern.n_global, 1))))
+def _global_keys(pattern: LambdaPattern) -> int:
+    """Few enough for keys, their partners and their angles to stay in registers."""
+    return _MIN_ROWS if pattern.n_global <= _MIN_ROWS else 2 * _MIN_ROWS
 
 
 def decode_plan(
     heads: Heads, pattern: LambdaPattern, cache_dtype: torch.dtype, hardware: Hardware, rows: int
 ) -> Plan:
     """For requests whose queries fit into one tile of so many rows."""
-    row_bytes = power_of_two(heads.head_size) * cache_dtype.itemsize
-    keys = max(16, min(64, 16384 // row_bytes))
-    stages = 2 if hardware.is_amd else 3
+    # A stage holds 16 KiB of keys and as much of values; half of it in fp8, which needs registers.
+    row_bytes = power_of_two(heads.head_size) * max(2, cache_dtype.itemsize)
+    keys = max(16, min(128, 16384 // row_bytes))
+    stages = 2 if hardware.is_amd else 4 if hardware.capability >= 90 else 3
+    warps = 8 if heads.dtype.itemsize > 2 else 4
     group = heads.num_heads // heads.num_kv_heads
-    return Plan(rows, rows // group, keys, _global_keys(pattern, keys), 4, stages)
+    return Plan(rows, rows // group, keys, _global_keys(pattern), warps, stages)
 
 
 def prefill_plan(
@@ -98,13 +114,18 @@ def prefill_plan(
 ) -> Plan:
     """For requests of any number of queries."""
     group = heads.num_heads // heads.num_kv_heads
-    dims = power_of_two(heads.head_size)
-    wide = heads.dtype.itemsize > 2
-    rows = max(64 if dims > 128 or wide else 128, power_of_two(group))
-    keys = 32 if dims > 128 or wide else 64
-    warps = 8 if rows >= 128 else 4
-    stages = 2 if hardware.is_amd or wide else 3
-    return Plan(rows, rows // group, keys, _global_keys(pattern, keys), warps, stages)
+    if heads.dtype.itemsize > 2:
+        rows, keys, stages = 32, 32, 2
+    elif heads.head_size > 128:
+        rows, keys, stages = 64, 32, 3
+    elif hardware.capability // 10 == 9:
+        rows, keys, stages = 128, 128, 2
+    else:
+        rows, keys, stages = 128, 64, 3
+    if hardware.is_amd:
+        stages = 2
+    rows = max(rows, power_of_two(group))
+    return Plan(rows, rows // group, keys, _global_keys(pattern), 8, stages)
 
 
 def num_splits(programs: int, pattern: LambdaPattern, plan: Plan, multiprocessors: int) -> int:

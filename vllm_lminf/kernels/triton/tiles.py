@@ -1,7 +1,6 @@
 """What a program works on: its rows of queries, and keys and values by their positions."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-# ruff: noqa: SIM108  what is known at compile time has a branch of its own
 
 import triton
 import triton.language as tl
@@ -25,47 +24,32 @@ def request_of_tile(query_start_loc, num_requests, tile, TILE_QUERIES: tl.conste
 
 
 @triton.jit
-def slots_of(
-    block_row,
-    start,
-    keys,
-    readable,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Where the keys at positions ``keys`` lie: int64 blocks and int32 places in them.
+def blocks_of(block_row, tile, low, high, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """The blocks of a tile's keys: one number where a block holds whole tiles, else int32 [TILE].
 
     Args:
         block_row: the request's row of the block table.
-        start: the first of the positions, a multiple of TILE.
-        keys: int32 [TILE], consecutive.
-        readable: which of them may be looked up; None for all.
-
-    Returns:
-        Blocks, one for all keys where a block holds whole tiles, and places [TILE].
+        tile: which stretch of TILE positions; at least one of them lies in [low, high].
+        low, high: entries of positions outside aren't followed.
     """
     if BLOCK_SIZE % TILE == 0:
-        block = tl.load(block_row + start // BLOCK_SIZE)
-        place = start % BLOCK_SIZE + tl.arange(0, TILE)
+        return tl.load(block_row + tile * TILE // BLOCK_SIZE)
     else:
-        entries = block_row + keys // BLOCK_SIZE
-        if readable is None:
-            block = tl.load(entries)
-        else:
-            block = tl.load(entries, mask=readable, other=0)
-        place = keys % BLOCK_SIZE
-    return block.to(tl.int64), place
+        keys = tile * TILE + tl.arange(0, TILE)
+        readable = (keys >= low) & (keys <= high)
+        return tl.load(block_row + keys // BLOCK_SIZE, mask=readable, other=0)
 
 
 @triton.jit
 def load_rows(
     cache,
-    block,
-    place,
+    blocks,
+    keys,
     dims,
     readable,
     stride_block,
     stride_token,
+    BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     DIMS: tl.constexpr,
 ):
@@ -73,11 +57,12 @@ def load_rows(
 
     Args:
         cache: the head's share of block 0.
-        block, place: see `slots_of`.
+        blocks: see `blocks_of`.
+        keys: int32 [TILE], positions.
         dims: int32 [DIMS], which dimensions.
         readable: bool [TILE], or None for all.
     """
-    rows = cache + block * stride_block + place * stride_token
+    rows = cache + blocks.to(tl.int64) * stride_block + keys % BLOCK_SIZE * stride_token
     where = rows[:, None] + dims[None, :]
     if readable is None and HEAD_SIZE == DIMS:
         return tl.load(where)
