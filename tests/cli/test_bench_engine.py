@@ -159,6 +159,9 @@ def test_the_readme_takes_the_tables(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         data = {"job": asdict(job), "result": asdict(result), "pool_gib": 4, **around}
         (tmp_path / name / "results.json").write_text(json.dumps(data), encoding="utf-8")
+    (tmp_path / "start").mkdir()
+    seconds = {"vLLM alone": [10.0], "LMINF": [10.5], "LMINF, first start": [12.0]}
+    (tmp_path / "start" / "results.json").write_text(json.dumps({"result": {"seconds": seconds}}))
     readme = tmp_path / "README.md"
     before, found, rest = speed_tables.README.read_text(encoding="utf-8").partition("<!-- speed:")
     assert found
@@ -173,6 +176,7 @@ def test_the_readme_takes_the_tables(tmp_path: Path) -> None:
         "| 4/2/64 | 1 × 1 | 0.50 (0.50–0.50) | 0.60 (0.60–0.60) | 1.50 (1.50–1.50) |",
         "1.75 (1.63–1.88) (4/2/64)",
         "| 512 | 34 | 85 | 2.50 (2.50–2.50) |",
+        "| LMINF, first start | 12.0 (12.0–12.0) | 2.0 (2.0–2.0) |",
     ):
         assert words in written
     speed_tables.write_readme(readme, tmp_path)
