@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_lminf.kernels import cpu, paged, reference
-from vllm_lminf.kernels.interface import ScoreRules
+from vllm_lminf.kernels.interface import DeviceBatch, Heads, PagedCache, Rotation, ScoreRules
+from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotarySpec, RotationTables
 
@@ -268,9 +269,100 @@ class Batch:
         layer.lambda_attention(query, cache, batch, output)
         return output
 
-    def run_oracle(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """The oracle's output, every step of it in ``dtype``."""
-        return torch.cat([self._oracle(stretch, dtype) for stretch in self.stretches])
+    @property
+    def slots(self) -> list[torch.Tensor]:
+        """Of every request, the slots of the keys that its queries see."""
+        slots = []
+        for row, stretch in enumerate(self.stretches):
+            where = torch.tensor(stretch.key_positions)
+            block = self.block_table[row, where // self.block_size].long()
+            slots.append(block * self.block_size + where % self.block_size)
+        return slots
+
+    def device_batch(self, device: torch.device | str = "cpu") -> DeviceBatch:
+        """The batch's description as tensors on a device."""
+        start = torch.tensor(self.query_start_loc, dtype=torch.int32)
+        return DeviceBatch(
+            start.to(device),
+            torch.tensor(self.seq_lens, dtype=torch.int32, device=device),
+            self.block_table.to(device),
+            int(start.diff().max()),
+        )
+
+    def empty_cache(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", heads_first: bool = True
+    ) -> PagedCache:
+        """A cache that holds NaN everywhere.
+
+        Args:
+            dtype: of keys and values.
+            device: where.
+            heads_first: whether memory has a block's heads before its tokens, or after.
+        """
+        num_kv_heads, head_size = self.stretches[0].key.shape[1:]
+        shape = (self.num_blocks, num_kv_heads, self.block_size, head_size)
+        halves = []
+        for _ in ("key", "value"):
+            if heads_first:
+                half = torch.full(shape, torch.nan).to(dtype)
+            else:
+                half = torch.full((shape[0], shape[2], shape[1], shape[3]), torch.nan).to(dtype)
+                half = half.transpose(1, 2)
+            halves.append(half.to(device))
+        return PagedCache(*halves)
+
+    def triton_layer(
+        self, dtype: torch.dtype, rules: ScoreRules, device: torch.device | str = "cpu"
+    ) -> TritonLayer:
+        """The Triton kernels for a layer like this batch's."""
+        num_kv_heads, head_size = self.stretches[0].key.shape[1:]
+        heads = Heads(self.stretches[0].query.shape[1], num_kv_heads, head_size, dtype)
+        rotation = None
+        if self.rotary is not None:
+            tables = RotationTables(self.rotary.inv_freq).to(device)
+            rotation = Rotation(tables, self.rotary.is_neox_style)
+        workspace = Workspace(heads, torch.device(device))
+        return TritonLayer(heads, self.pattern, rules, rotation, workspace)
+
+    def fill(self, layer: TritonLayer, cache: PagedCache, dtype: torch.dtype) -> None:
+        """Writes all keys that are seen into their slots, and nothing else."""
+        for stretch, slots in zip(self.stretches, self.slots, strict=True):
+            key = self._turn(stretch.key, stretch.key_positions).to(dtype)
+            value, device = stretch.value.to(dtype), cache.key.device
+            layer.write_cache(key.to(device), value.to(device), cache, slots.to(device))
+
+    def run_triton(
+        self,
+        dtype: torch.dtype,
+        rules: ScoreRules | None = None,
+        *,
+        cache: PagedCache | None = None,
+        device: torch.device | str = "cpu",
+    ) -> torch.Tensor:
+        """The Triton kernels' output, on a cache that they have written themselves."""
+        layer = self.triton_layer(dtype, rules or ScoreRules(self.scale), device)
+        cache = self.empty_cache(dtype, device) if cache is None else cache
+        self.fill(layer, cache, dtype)
+        query = self.query(dtype).to(device)
+        output = torch.full_like(query, torch.nan)
+        layer.lambda_attention(query, cache, self.device_batch(device), output)
+        return output.cpu()
+
+    def quantise(self, dtype: torch.dtype, key_scale: float, value_scale: float) -> None:
+        """Rounds keys, as they lie in the cache, and values to multiples of what fp8 can hold."""
+        for stretch in self.stretches:
+            key = self._turn(stretch.key, stretch.key_positions)
+            key = (key / key_scale).to(dtype).double() * key_scale
+            stretch.key = self._turn(key, [-j for j in stretch.key_positions])
+            stretch.value = (stretch.value / value_scale).to(dtype).double() * value_scale
+
+    def run_oracle(
+        self, dtype: torch.dtype = torch.float64, rules: ScoreRules | None = None
+    ) -> torch.Tensor:
+        """The oracle's output, every step of it in ``dtype``; by other rules than the batch's own
+        scale where some are given."""
+        rules = rules or ScoreRules(self.scale)
+        return torch.cat([self._oracle(stretch, dtype, rules) for stretch in self.stretches])
 
     def run_literal(self) -> torch.Tensor:
         return torch.cat(
@@ -301,7 +393,7 @@ class Batch:
     def _turn(self, x: torch.Tensor, positions: list[int]) -> torch.Tensor:
         return x if self.rotary is None else turn(x, torch.tensor(positions), self.rotary)
 
-    def _oracle(self, stretch: _Stretch, dtype: torch.dtype) -> torch.Tensor:
+    def _oracle(self, stretch: _Stretch, dtype: torch.dtype, rules: ScoreRules) -> torch.Tensor:
         seq_len = stretch.query_positions[-1] + 1
         if seq_len > _FAR:
             raise ValueError(f"{seq_len} tokens are too many to materialise: use run_literal")
@@ -314,9 +406,9 @@ class Batch:
             key,
             value,
             self.pattern,
-            scale=self.scale,
             rotary=self.rotary,
             query_start=stretch.query_positions[0],
+            **vars(rules),
         )
 
 
