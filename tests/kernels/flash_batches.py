@@ -1,0 +1,52 @@
+"""Batches for the FlashAttention path, on whatever device it runs."""
+
+import pytest
+import torch
+
+from tests.kernels.batches import Batch, Case
+from vllm_lminf.kernels.flash import Attend, FlashLayer
+from vllm_lminf.kernels.interface import Heads, PagedCache, Rotation, ScoreRules
+from vllm_lminf.kernels.triton.layer import Workspace
+from vllm_lminf.rope import RotationTables
+
+CASES = [
+    Case("prefill", ((0, 9), (0, 70)), heads=(6, 2), head_size=16),
+    Case("chunked", ((32, 16), (40, 30), (200, 9))),
+    Case("mixed", ((120, 1), (0, 20), (64, 9), (0, 1), (300, 2)), heads=(4, 4), head_size=16),
+    Case("mixed", ((450, 2), (290, 12)), block_size=128, pattern=(10, 200, 220), heads=(2, 1)),
+    Case("mixed", ((150, 1), (90, 12)), pattern=(0, 48, 48), heads=(2, 1)),
+    Case("mixed", ((150, 1), (90, 12), (0, 30)), pattern=(60, 20, 20), heads=(2, 1)),
+    Case("mixed", ((150, 1), (90, 12), (85, 30)), pattern=(20, 37, 90), heads=(2, 1)),
+    Case("mixed", ((150, 1), (90, 12)), head_size=80, rotary_dim=32, heads=(2, 1)),
+    Case("mixed", ((150, 1), (90, 12)), is_neox_style=False, heads=(2, 1)),
+    Case("mixed", ((150, 1), (40, 30)), rotary_dim=0, pattern=(10, 37, 90), heads=(2, 1)),
+]
+
+by_id = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+def run(
+    batch: Batch,
+    dtype: torch.dtype,
+    attend: Attend,
+    rules: ScoreRules | None = None,
+    *,
+    cache: PagedCache | None = None,
+    device: str = "cpu",
+) -> torch.Tensor:
+    """The output, on a cache that holds NaN wherever nobody wrote."""
+    num_kv_heads, head_size = batch.stretches[0].key.shape[1:]
+    heads = Heads(batch.stretches[0].query.shape[1], num_kv_heads, head_size, dtype)
+    rotation = None
+    if batch.rotary is not None:
+        tables = RotationTables(batch.rotary.inv_freq).to(device)
+        rotation = Rotation(tables, batch.rotary.is_neox_style)
+    workspace = Workspace(heads, torch.device(device))
+    rules = rules or ScoreRules(batch.scale)
+    layer = FlashLayer(heads, batch.pattern, rules, rotation, workspace, attend)
+    cache = cache or batch.empty_cache(dtype, device)
+    batch.fill(batch.triton_layer(dtype, rules, device), cache, dtype)
+    query = batch.query(dtype).to(device)
+    output = torch.full_like(query, torch.nan)
+    layer.lambda_attention(query, cache, batch.device_batch(device), output)
+    return output.cpu()

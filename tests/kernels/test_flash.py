@@ -1,0 +1,104 @@
+"""What FlashAttention is refused for, and what it is told.
+
+What comes of it is tested in `tests.kernels.triton.interpreted.test_flash`.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.batches import Case, make_batch
+from vllm_lminf.kernels.flash import FlashLayer, reasons_against
+from vllm_lminf.kernels.interface import DeviceBatch, Heads, ScoreRules, Situation
+from vllm_lminf.kernels.triton.layer import Workspace
+from vllm_lminf.pattern import LambdaPattern
+
+SERVED = Situation(
+    device_type="cuda",
+    capability=(9, 0),
+    heads=Heads(32, 8, 128, torch.bfloat16),
+    pattern=LambdaPattern(10, 4096, 4096),
+    cache_dtype=torch.bfloat16,
+    block_size=16,
+    has_rotation=True,
+)
+
+
+def test_nothing_to_say() -> None:
+    assert reasons_against(SERVED) == []
+    with_rules = dataclasses.replace(SERVED, has_softcap=True, has_sinks=True)
+    assert reasons_against(with_rules) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device_type": "cpu", "capability": None}, "runs on NVIDIA's devices"),
+        ({"capability": None}, "runs on NVIDIA's devices"),
+        ({"capability": (7, 5)}, "compute capability 7.5: FlashAttention takes"),
+        ({"heads": Heads(32, 8, 128, torch.float32)}, "torch.float32: FlashAttention takes"),
+        ({"heads": Heads(32, 8, 512, torch.bfloat16)}, "heads of 512 dimensions: FlashAttention"),
+        ({"cache_dtype": torch.float8_e4m3fn}, "--kv-cache-dtype auto"),
+        ({"block_size": 24}, "blocks of 24 tokens: FlashAttention"),
+        ({"has_alibi": True}, "ALiBi"),
+        ({"heads": Heads(8 * 129, 8, 128, torch.bfloat16)}, "the prefix: "),
+    ],
+    ids=str,
+)
+def test_situations(change: dict[str, object], reason: str) -> None:
+    reasons = reasons_against(dataclasses.replace(SERVED, **change))
+    assert any(reason in given for given in reasons)
+
+
+def make_layer(rules: ScoreRules, attend: Any) -> FlashLayer:
+    heads = Heads(6, 2, 16, torch.float16)
+    workspace = Workspace(heads, torch.device("cpu"))
+    return FlashLayer(heads, LambdaPattern(0, 48, 48), rules, None, workspace, attend)
+
+
+def test_alibi() -> None:
+    with pytest.raises(ValueError, match="no ALiBi"):
+        make_layer(ScoreRules(0.1, alibi_slopes=torch.ones(6)), None)
+
+
+def test_what_it_is_told() -> None:
+    """All of it lies on the device, but for what bounds it."""
+    told: dict[str, Any] = {}
+
+    def attend(*tensors: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        told.update(arguments, tensors=tensors)
+        return arguments["out"], torch.zeros(6, 14)
+
+    batch = make_batch(Case("mixed", ((0, 5), (40, 9)), head_size=16, pattern=(0, 48, 48)))
+    cache, description = batch.empty_cache(torch.float16), batch.device_batch()
+    query = batch.query(torch.float16)
+    output = torch.zeros_like(query)
+    make_layer(ScoreRules(0.1, softcap=3.0), attend).lambda_attention(
+        query, cache, description, output
+    )
+    assert [tuple(x.shape) for x in told["tensors"]] == [
+        (14, 6, 16),
+        (batch.num_blocks, 16, 2, 16),
+        (batch.num_blocks, 16, 2, 16),
+    ]
+    assert told["cu_seqlens_q"] is description.query_start_loc
+    assert told["seqused_k"] is description.seq_lens
+    assert told["block_table"] is description.block_table
+    assert told["out"] is output
+    assert told["max_seqlen_q"] == 9
+    assert told["max_seqlen_k"] >= 49
+    assert told["window_size"] == [47, 0]
+    assert (told["softmax_scale"], told["softcap"], told["causal"]) == (0.1, 3.0, True)
+
+
+def test_nothing_to_do() -> None:
+    layer = make_layer(ScoreRules(0.1), None)
+    query, empty = torch.zeros(3, 6, 16), torch.zeros(0, dtype=torch.int32)
+    none = DeviceBatch(torch.zeros(1, dtype=torch.int32), empty, empty.view(0, 0), 0)
+    batch = make_batch(Case("decode", ((5, 1),), head_size=16))
+    layer.lambda_attention(query, batch.empty_cache(torch.float16), none, query)
+    layer.lambda_attention(
+        query[:0], batch.empty_cache(torch.float16), batch.device_batch(), query[:0]
+    )
