@@ -16,16 +16,17 @@ VENV       := .venv
 BIN        := $(VENV)/bin
 VENV_STAMP := $(VENV)/.installed
 MODEL      := build/models/SmolLM2-135M-Instruct
+VLLM_CUDA  := build/vllm-cuda
 TEXT       := examples/data/alice.txt
 DEMO       := build/demo
 BENCH      := build/bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo test families bench serve lint format clean
+.PHONY: help venv model vllm-cuda demo test families bench serve lint format clean
 
 help:  ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV_STAMP)  ## install the pinned CPU environment and this package into .venv
 
@@ -49,10 +50,15 @@ model: $(MODEL)/config.json  ## unpack the small trained model that the examples
 $(MODEL)/config.json: | $(VENV_STAMP)
 	$(BIN)/python examples/prepare_model.py --output $(MODEL)
 
+vllm-cuda: $(VLLM_CUDA)/vllm/__init__.py  ## unpack vLLM for GPUs, its Python files alone, to test with
+
+$(VLLM_CUDA)/vllm/__init__.py: requirements-vllm-cuda.txt tools/vllm_cuda_sources.py | $(VENV_STAMP)
+	$(BIN)/python tools/vllm_cuda_sources.py --output $(VLLM_CUDA) -- $(PIP_ARGS)
+
 demo: venv model  ## compare full attention and LM-Infinite on a book, far past the trained length
 	$(BIN)/vllm-lminf eval --model $(MODEL) --text $(TEXT) --output $(DEMO)
 
-test: venv model  ## lint, check types and run every test
+test: venv model vllm-cuda  ## lint, check types and run every test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy vllm_lminf
@@ -65,6 +71,7 @@ families: venv  ## test every model family, and write what was measured into the
 bench: venv model  ## time LMINF beside vLLM's own attention, and write the README's tables of speed
 	$(BIN)/vllm-lminf bench kernel --output $(BENCH)/kernel
 	$(BIN)/vllm-lminf bench engine --model $(MODEL) --output $(BENCH)/engine
+	$(BIN)/vllm-lminf bench start --model $(MODEL) --output $(BENCH)/start
 	$(BIN)/python -m tests.cli.speed_tables
 
 # Eager, because vLLM compiles a model for CPUs anew at every start, which takes minutes on two

@@ -199,6 +199,7 @@ def place(path: str) -> Any:
 # Functions of vLLM that are called or wrapped, and the arguments they are given, in order.
 FUNCTIONS = {
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": "self",
+    "vllm.engine.arg_utils:EngineArgs.create_speculative_config": "self",
     "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls": (
         "selected_backend attn_selector_config num_heads"
     ),
@@ -218,6 +219,11 @@ FUNCTIONS = {
         "sliding_window"
     ),
     "vllm.config:get_current_vllm_config": "",
+    "vllm.config:get_current_vllm_config_or_none": "",
+    "vllm.config:get_layers_from_vllm_config": "vllm_config layer_type layer_names",
+    "vllm.config:ModelConfig.get_num_attention_heads": "self parallel_config",
+    "vllm.config:ModelConfig.get_num_kv_heads": "self parallel_config",
+    "vllm.config:ModelConfig.get_head_size": "self",
     # No base class declares it: it is called as another backend's is.
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (
         "self layer key value kv_cache slot_mapping"
@@ -240,7 +246,8 @@ BASES = {
     "vllm_lminf.attention.backend:LambdaAttentionBackend": (
         "vllm.v1.attention.backend:AttentionBackend",
         "get_name get_impl_cls get_builder_cls get_supported_kernel_block_sizes "
-        "supported_kv_cache_layouts supports_kv_connector customize_spec",
+        "supported_kv_cache_layouts supports_kv_cache_dtype supports_combination "
+        "supports_kv_connector customize_spec",
     ),
     "vllm_lminf.attention.impl:LambdaAttentionImpl": (
         "vllm.v1.attention.backend:AttentionImpl",
@@ -248,7 +255,7 @@ BASES = {
     ),
     "vllm_lminf.attention.metadata:LambdaMetadataBuilder": (
         "vllm.v1.attention.backend:AttentionMetadataBuilder",
-        "__init__ build",
+        "__init__ build build_for_drafting get_cudagraph_support",
     ),
     "vllm_lminf.kv_cache.manager:LambdaManager": (
         "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
@@ -274,8 +281,8 @@ FIELDS = {
         "additional_config"
     ),
     "vllm.config.attention:AttentionConfig": "backend backend_per_kind",
-    "vllm.config:ModelConfig": "max_model_len runner",
-    "vllm.config:CacheConfig": "cache_dtype",
+    "vllm.config:ModelConfig": "max_model_len runner dtype",
+    "vllm.config:CacheConfig": "cache_dtype block_size",
     "vllm.config:ParallelConfig": (
         "decode_context_parallel_size prefill_context_parallel_size"
     ),
@@ -284,7 +291,8 @@ FIELDS = {
         "page_size_padded sliding_window extra_retained_tokens"
     ),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
-        "query_start_loc_cpu seq_lens num_reqs block_table_tensor"
+        "query_start_loc seq_lens num_reqs num_actual_tokens max_query_len block_table_tensor "
+        "slot_mapping"
     ),
     "vllm.v1.core.kv_cache_utils:KVCacheBlock": "block_id ref_cnt is_null",
 }  # fmt: skip
@@ -296,11 +304,18 @@ NAMES = [
     "vllm.config:ModelConfig.is_encoder_decoder",
     "vllm.config:ModelConfig.is_hybrid",
     "vllm.config:ModelConfig.use_mla",
+    "vllm.config:ModelConfig.uses_alibi",
     "vllm.config:ModelConfig.uses_mrope",
     "vllm.config:VllmConfig.max_in_flight_tokens",
     "vllm.envs:environment_variables",
     "vllm.logger:init_logger",
     "vllm.platforms:current_platform.device_type",
+    "vllm.platforms:current_platform.fp8_dtype",
+    "vllm.platforms:current_platform.get_device_capability",
+    "vllm.platforms:current_platform.is_cuda",
+    "vllm.platforms:current_platform.is_cuda_alike",
+    "vllm.v1.attention.backend:AttentionCGSupport.ALWAYS",
+    "vllm.v1.attention.backend:AttentionCGSupport.NEVER",
     "vllm.v1.attention.backend:AttentionBackend.forward_includes_kv_cache_update",
     "vllm.v1.attention.backend:AttentionBackend.supported_dtypes",
     "vllm.v1.attention.backend:AttentionBackend.supported_kv_cache_dtypes",

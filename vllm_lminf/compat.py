@@ -19,6 +19,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from vllm_lminf import speculation
 from vllm_lminf.config import BACKEND_NAME
 
 OLDEST_VLLM = Version("0.32")
@@ -125,7 +126,7 @@ def _wrap_engine_args(prepare: Callable[[EngineArgs], Finish | None]) -> None:
             finish = prepare(self)
             if finish is None:
                 return original(self, *args, **kwargs)
-            with _variable("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1"):
+            with _variable("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1"), _long_drafts(self):
                 config = original(self, *args, **kwargs)
             finish(config)
             return config
@@ -253,6 +254,24 @@ def _variable(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextmanager
+def _long_drafts(arguments: EngineArgs) -> Iterator[None]:
+    """Lengthens the drafter of an engine whose configuration is built meanwhile: from 0.33 on, a
+    configuration that is whole has been cut down to the drafter's length already."""
+    create = arguments.create_speculative_config
+
+    def create_and_lengthen(*args: Any, **kwargs: Any) -> Any:
+        drafter = create(*args, **kwargs)
+        speculation.lengthen(drafter)
+        return drafter
+
+    arguments.create_speculative_config = create_and_lengthen
+    try:
+        yield
+    finally:
+        del arguments.create_speculative_config
 
 
 def declare_variables(names: list[str]) -> None:

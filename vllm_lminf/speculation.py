@@ -11,7 +11,7 @@ from vllm_lminf.config import BACKEND_NAME
 from vllm_lminf.pattern import LambdaPattern
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 
 SERVED = ("ngram", "draft_model", "eagle", "medusa")
 
@@ -96,16 +96,19 @@ def reasons_against(config: "VllmConfig") -> list[str]:
     return reasons
 
 
-def join(config: "VllmConfig") -> None:
-    """Makes a drafter part of the engine: same backend, same length.
+def lengthen(drafter: "SpeculativeConfig | None") -> None:
+    """Lets a drafter serve sequences as long as the model's, however long it was trained for.
 
-    vLLM chooses a drafter's backend by itself, and ends drafting for the whole batch where one
-    sequence outgrows the drafter's trained length, which the Λ doesn't need.
+    vLLM would end drafting for the whole batch where one sequence outgrows the drafter's trained
+    length or, from 0.33 on, refuse longer sequences altogether; the Λ needs neither.
     """
-    drafter = config.speculative_config
-    if drafter is None:
+    if drafter is None or drafter.draft_model_config is None or drafter.max_model_len is not None:
         return
-    if drafter.uses_draft_kv_cache():
+    drafter.draft_model_config.max_model_len = drafter.target_model_config.max_model_len
+
+
+def join(config: "VllmConfig") -> None:
+    """Gives a drafter the engine's backend; vLLM chooses one for it by itself."""
+    drafter = config.speculative_config
+    if drafter is not None and drafter.uses_draft_kv_cache():
         drafter.attention_backend = config.attention_config.backend
-    if drafter.draft_model_config is not None and drafter.max_model_len is None:
-        drafter.draft_model_config.max_model_len = config.model_config.max_model_len

@@ -7,11 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import (
-    get_kv_cache_configs,
-    get_kv_cache_groups,
-    unify_hybrid_kv_cache_specs,
-)
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -21,6 +16,11 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from tests.kv_cache.planning import (
+    get_kv_cache_configs,
+    get_kv_cache_groups,
+    unify_hybrid_kv_cache_specs,
+)
 from tests.kv_cache.simulation import Simulation, make_spec
 from vllm_lminf.kv_cache.manager import LambdaManager
 from vllm_lminf.kv_cache.spec import LambdaSpec

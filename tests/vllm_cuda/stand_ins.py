@@ -1,0 +1,68 @@
+"""What vLLM for GPUs looks for and doesn't find here: its compiled parts, and a GPU.
+
+A plugin of pytest, for processes in which vLLM's Python files from `build/vllm-cuda` come first.
+Each stand-in is named here, and there is no other.
+"""
+
+import sys
+from types import ModuleType
+from typing import ClassVar
+
+import pytest
+import torch
+import vllm.platforms
+from vllm.platforms.interface import DeviceCapability, Platform
+
+COMPILED_MODULES = (
+    "vllm._C",
+    "vllm._C_stable_libtorch",
+    "vllm.vllm_flash_attn._vllm_fa2_C",
+)
+"""Modules that register operators when they are imported; these register none."""
+
+QUESTIONS = (
+    "cutlass_group_gemm_supported",
+    "cutlass_scaled_mm_supports_block_fp8",
+    "cutlass_scaled_mm_supports_fp8",
+)
+"""Operators that tell what the compiled parts can do for a compute capability: nothing."""
+
+for _name in COMPILED_MODULES:
+    sys.modules[_name] = ModuleType(_name)
+
+_operators = torch.library.Library("_C", "FRAGMENT")
+for _name in QUESTIONS:
+    _operators.define(f"{_name}(int capability) -> bool")
+    _operators.impl(_name, lambda capability: False, "CompositeExplicitAutograd")
+
+from vllm.platforms.cuda import NonNvmlCudaPlatform  # noqa: E402
+
+
+class CudaWithoutDevice(NonNvmlCudaPlatform):
+    """vLLM's platform for NVIDIA's devices, told what the device would have answered."""
+
+    capability: ClassVar[DeviceCapability] = DeviceCapability(9, 0)
+
+    @classmethod
+    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+        return cls.capability
+
+    @classmethod
+    def get_device_name(cls, device_id: int = 0) -> str:
+        return "a device that isn't there"
+
+
+def choose_platform(platform: Platform) -> None:
+    """Makes it vLLM's platform, which is otherwise found by looking for a device."""
+    vllm.platforms._current_platform = platform
+
+
+choose_platform(CudaWithoutDevice())
+
+
+@pytest.fixture
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> DeviceCapability:
+    """The compute capability that the device would have answered; a parameter of the test."""
+    answer = DeviceCapability(*request.param)
+    monkeypatch.setattr(CudaWithoutDevice, "capability", answer)
+    return answer

@@ -1,0 +1,37 @@
+"""The plugin on vLLM for GPUs, as far as its Python files go: in a process that has them first.
+
+Beside the tests in `within/`, those of the memory's side and of the names that the plugin stands on
+run there again.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "build" / "vllm-cuda"
+TESTS = (
+    "tests/vllm_cuda/within",
+    "tests/kv_cache/test_manager.py",
+    "tests/kv_cache/test_spec.py",
+    "tests/test_plugin.py::TestHooks",
+)
+
+
+def test_on_vllm_for_gpus() -> None:
+    if not (SOURCES / "vllm" / "__init__.py").is_file():
+        pytest.fail(f"{SOURCES} holds no vLLM: run `make vllm-cuda` first")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{SOURCES}{os.pathsep}{ROOT}",
+        "TRITON_INTERPRET": "1",
+        # Without it vLLM looks for a device that Triton could use, and does without Triton.
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    plugins = ("-p", "tests.vllm_cuda.stand_ins", "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, *TESTS]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr

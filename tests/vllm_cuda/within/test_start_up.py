@@ -1,0 +1,148 @@
+"""From the user's arguments to a configuration: the plugin in vLLM for GPUs."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm
+from vllm import ModelRegistry
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability, Platform
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_lminf import compat, startup
+from vllm_lminf.kernels.choice import choose
+from vllm_lminf.startup import UnsupportedError
+
+PINNED = Path(__file__).parents[3] / "requirements-vllm-cuda.txt"
+DEVICES = [(8, 0), (9, 0), (10, 0)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plugin() -> None:
+    """Loaded as vLLM loads it. The model's class is looked at here, since the process that vLLM
+    would start for that has no stand-ins."""
+    load_general_plugins()
+    ModelRegistry.register_model("LlamaForCausalLM", LlamaForCausalLM)
+
+
+def engine(model: str, kernel: str = "auto", **arguments: Any) -> VllmConfig:
+    section = {"lminf": {"kernel": kernel, "n_local": 4096}}
+    return EngineArgs(
+        model=model, attention_backend="LMINF", additional_config=section, **arguments
+    ).create_engine_config()
+
+
+def chosen(config: VllmConfig) -> str | None:
+    """What an engine's layers will run."""
+    situation = startup.situation_of(config, startup.pattern_of(config))
+    return choose(startup.kernel_of(config), situation).kernel
+
+
+class TestEnvironment:
+    def test_it_is_the_version_that_is_pinned(self) -> None:
+        assert f"vllm=={vllm.__version__} " in PINNED.read_text(encoding="utf-8")
+        assert version("vllm") == vllm.__version__
+
+    def test_the_platform_is_nvidias(self) -> None:
+        assert current_platform.is_cuda()
+        assert current_platform.device_type == "cuda"
+
+    def test_the_plugin_is_at_home(self) -> None:
+        assert compat.unsupported_environment() == []
+        assert "LMINF" in AttentionBackendEnum.__members__
+
+    def test_what_is_wrapped_is_there(self) -> None:
+        wrapped = {f"{owner.__name__}.{name}" for owner, name in compat._originals}
+        assert wrapped == {
+            "EngineArgs.create_engine_config",
+            "CpuPlatform.get_attn_backend_cls",
+            "Scheduler.make_stats",
+            "StatLoggerManager.__init__",
+        }
+
+
+class TestConfiguration:
+    def test_variable(self, model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "LMINF")
+        config = EngineArgs(model=model_path, max_model_len=1_000_000).create_engine_config()
+        assert config.attention_config.backend is compat.backend_member()
+        assert config.model_config.max_model_len == 1_000_000
+
+    def test_stays_out_of_the_way(self, model_path: str) -> None:
+        config = EngineArgs(model=model_path).create_engine_config()
+        assert config.attention_config.backend is None
+        assert config.model_config.max_model_len == 8192
+
+    @pytest.mark.parametrize("method", ["ngram", "draft_model"])
+    def test_drafts(self, method: str, model_path: str) -> None:
+        drafter = {"method": method, "num_speculative_tokens": 2}
+        if method == "draft_model":
+            drafter["model"] = model_path
+        config = engine(model_path, speculative_config=drafter, max_model_len=100_000)
+        assert config.speculative_config.method == method
+        if method == "draft_model":
+            draft = config.speculative_config
+            assert draft.attention_backend is compat.backend_member()
+            assert draft.draft_model_config.max_model_len == 100_000
+
+    def test_what_is_served_nowhere(self, model_path: str) -> None:
+        with pytest.raises(UnsupportedError) as refusal:
+            engine(model_path, kv_cache_dtype="int8_per_token_head", max_model_len=2**31)
+        named = ("max_model_len", "--kv-cache-dtype int8_per_token_head")
+        for reason, name in zip(refusal.value.reasons, named, strict=True):
+            assert name in reason
+
+
+class TestKernel:
+    @pytest.mark.parametrize("capability", DEVICES, indirect=True, ids=str)
+    def test_automatic_choice_is_triton(
+        self, capability: DeviceCapability, model_path: str
+    ) -> None:
+        assert chosen(engine(model_path)) == "triton"
+        assert chosen(engine(model_path, "triton")) == "triton"
+        assert chosen(engine(model_path, "reference")) == "reference"
+
+    @pytest.mark.parametrize("capability", [(7, 5)], indirect=True, ids=str)
+    def test_older_devices(self, capability: DeviceCapability, model_path: str) -> None:
+        assert chosen(engine(model_path, dtype="float16")) == "reference"
+        with pytest.raises(UnsupportedError, match=r"kernel 'triton': compute capability 7\.5"):
+            engine(model_path, "triton", dtype="float16")
+
+    def test_the_compiled_kernel_is_for_cpus(self, model_path: str) -> None:
+        with pytest.raises(UnsupportedError, match="kernel 'cpu': it runs on CPUs, not on cuda"):
+            engine(model_path, "cpu")
+
+    def test_every_reason_at_once(self, model_path: str) -> None:
+        for kernel in ("xformers", "flash"):
+            with pytest.raises(UnsupportedError) as refusal:
+                engine(model_path, kernel, block_size=8, kv_cache_dtype="fp8", dtype="float32")
+            assert len(refusal.value.reasons) >= 3
+            for reason in refusal.value.reasons:
+                assert reason.startswith(f"kernel {kernel!r} with --kv-cache-dtype fp8: ")
+
+    @pytest.mark.parametrize("capability", [(8, 9), (9, 0)], indirect=True, ids=str)
+    @pytest.mark.parametrize("word", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+    def test_8_bits(self, word: str, capability: DeviceCapability, model_path: str) -> None:
+        assert chosen(engine(model_path, kv_cache_dtype=word)) == "triton"
+
+    @pytest.mark.parametrize("capability", [(8, 0)], indirect=True, ids=str)
+    def test_8_bits_on_older_devices(self, capability: DeviceCapability, model_path: str) -> None:
+        assert chosen(engine(model_path, kv_cache_dtype="fp8_e5m2")) == "triton"
+        with pytest.raises(UnsupportedError) as refusal:
+            engine(model_path, kv_cache_dtype="fp8")
+        triton, reference = refusal.value.reasons
+        assert "float8_e4m3fn on compute capability 8.0" in triton
+        assert reference.startswith("kernel 'reference' with --kv-cache-dtype fp8")
+
+
+def test_no_platform_but_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm.platforms, "_current_platform", Platform())
+    monkeypatch.setattr(Platform, "device_type", "tpu", raising=False)
+    (reason,) = compat.unsupported_environment()
+    assert "'tpu'" in reason
