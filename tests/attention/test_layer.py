@@ -8,7 +8,11 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionType,
+    CommonAttentionMetadata,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from vllm_lminf.attention.backend import LambdaAttentionBackend
@@ -114,6 +118,53 @@ class TestMetadata:
         metadata = build(config, describe([(7, 1), (0, 3)], padding=5))
         assert metadata.query_start_loc[-1] == 4
         assert metadata.positions.shape == (4,)
+
+    def test_nothing_waits_for_the_device(self, config: VllmConfig) -> None:
+        """On a device from which no number can be read. Its batch lies in vLLM's own tensors."""
+        batch = describe([(7, 1), (0, 3)], padding=2)
+        on_device = replace(
+            batch,
+            query_start_loc=batch.query_start_loc.to("meta"),
+            query_start_loc_cpu=None,
+            seq_lens=batch.seq_lens.to("meta"),
+            block_table_tensor=batch.block_table_tensor.to("meta"),
+            slot_mapping=torch.empty(6, dtype=torch.int64, device="meta"),
+        )
+        spec = LambdaSpec.of(FULL, PATTERN)
+        builder = LambdaMetadataBuilder(spec, ["layer"], config, torch.device("meta"))
+        for built in (
+            builder.build(0, on_device),
+            builder.build_for_cudagraph_capture(on_device),
+            builder.build_for_drafting(on_device, draft_index=1),
+        ):
+            assert built.batch.seq_lens.untyped_storage() is on_device.seq_lens.untyped_storage()
+            assert built.batch.max_query_len == 3
+            assert built.num_actual_tokens == 6
+        first = builder.build_for_drafting(on_device, draft_index=0)
+        assert first.batch.seq_lens.shape == (4,)
+        with pytest.raises(NotImplementedError):
+            _ = first.seq_lens
+
+    def test_rejected_drafts_are_requests_of_their_own(self, config: VllmConfig) -> None:
+        """Rows without a slot, as the last of their request, or all of it, or none."""
+        batch = describe([(10, 4), (5, 2), (0, 3)])
+        slots = [3, 4, -1, -1, -1, -1, 7, 8, 9]
+        batch = replace(batch, slot_mapping=torch.tensor([*slots, -1]), num_actual_tokens=10)
+        builder = LambdaMetadataBuilder(LambdaSpec.of(FULL, PATTERN), ["layer"], config, CPU)
+        metadata = builder.build_for_drafting(batch, draft_index=0)
+        assert metadata.query_start_loc.tolist() == [0, 2, 4, 4, 6, 9, 9]
+        assert metadata.seq_lens.tolist() == [12, 2, 5, 2, 3, 0]
+        assert metadata.positions.tolist() == [10, 11, 0, 1, 0, 1, 0, 1, 2]
+        table = batch.block_table_tensor
+        assert torch.equal(metadata.batch.block_table[::2], table)
+        assert torch.equal(metadata.batch.block_table[1::2], table)
+        assert metadata.batch.query_start_loc.dtype == torch.int32
+        assert metadata.batch.seq_lens.dtype == torch.int32
+
+    def test_graphs_need_a_layer_that_may_be_captured(self, config: VllmConfig) -> None:
+        spec = LambdaSpec.of(FULL, PATTERN)
+        support = LambdaMetadataBuilder.get_cudagraph_support(config, spec)
+        assert support is AttentionCGSupport.NEVER
 
     def test_positions_do_not_overflow(self, config: VllmConfig) -> None:
         batch = describe([(7, 2)])

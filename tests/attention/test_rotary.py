@@ -191,6 +191,12 @@ def test_models_with_other_limits_share_no_replacement(stock_config: VllmConfig)
     torch.testing.assert_close(short.spec.inv_freq, 2 * long.spec.inv_freq)
 
 
+def test_models_that_read_the_table_themselves_are_refused() -> None:
+    exact = make_exact(Attention(rotary_emb=make_rope(SERVED["default"])), "layer", CPU, LIMIT)
+    with pytest.raises(UnsupportedError, match="a kernel of its own"):
+        _ = exact.cos_sin_cache
+
+
 def test_replacing_twice_is_replacing_once() -> None:
     parent = Attention(rotary_emb=make_rope(SERVED["default"]))
     exact = make_exact(parent, "layer", CPU, LIMIT)

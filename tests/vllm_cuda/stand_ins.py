@@ -27,6 +27,36 @@ QUESTIONS = (
 )
 """Operators that tell what the compiled parts can do for a compute capability: nothing."""
 
+_SILU = "silu_and_mul(Tensor! out, Tensor input) -> ()"
+_ROTATION = (
+    "rotary_embedding(Tensor positions, Tensor! query, Tensor!? key, int head_size, "
+    "Tensor cos_sin_cache, bool is_neox) -> ()"
+)
+
+
+def silu_and_mul(out: torch.Tensor, x: torch.Tensor) -> None:
+    """The operator between a Llama's two matrices."""
+    gate, up = x.chunk(2, dim=-1)
+    out.copy_(torch.nn.functional.silu(gate) * up)
+
+
+def rotary_embedding(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+) -> None:
+    """The operator that turns heads, for pairs of NeoX's order that fill them."""
+    if not is_neox or cos_sin_cache.shape[1] != head_size or key is not None:
+        raise NotImplementedError
+    cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
+    heads = query.view(len(positions), -1, head_size)
+    first, second = heads.chunk(2, dim=-1)
+    heads.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+
+
 for _name in COMPILED_MODULES:
     sys.modules[_name] = ModuleType(_name)
 
@@ -35,12 +65,19 @@ for _name in QUESTIONS:
     _operators.define(f"{_name}(int capability) -> bool")
     _operators.impl(_name, lambda capability: False, "CompositeExplicitAutograd")
 
+_operators.define(_SILU)
+_operators.impl("silu_and_mul", silu_and_mul, "CPU")
+_operators.define(_ROTATION)
+_operators.impl("rotary_embedding", rotary_embedding, "CPU")
+
 from vllm.platforms.cuda import NonNvmlCudaPlatform  # noqa: E402
 
 
 class CudaWithoutDevice(NonNvmlCudaPlatform):
-    """vLLM's platform for NVIDIA's devices, told what the device would have answered."""
+    """vLLM's platform for NVIDIA's devices, told what the device would have answered. vLLM's
+    operators that are written in Python are registered for the tensors that there are."""
 
+    dispatch_key = "CPU"
     capability: ClassVar[DeviceCapability] = DeviceCapability(9, 0)
 
     @classmethod

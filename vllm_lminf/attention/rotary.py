@@ -84,6 +84,21 @@ class ExactRotaryEmbedding(nn.Module):
         rotation.turn(query, key)
         return query, key
 
+    @property
+    def cos_sin_cache(self) -> torch.Tensor:
+        """The table that vLLM's rotary modules have, for models that hand it to a kernel of their
+        own; there is none of a bounded size.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            [
+                "the model reads its rotary module's table in a kernel of its own, past the module "
+                "that is exact at any position"
+            ]
+        )
+
     def _of_step(self, positions: torch.Tensor, compute: Callable[[torch.Tensor], T]) -> T:
         """What follows from the positions alone: all layers of a step ask for the same.
 
