@@ -130,7 +130,10 @@ def test_tables() -> None:
     assert memory.rows[3] == ("1024", "", "3.15", "", "341")
     assert flatness(job, result) == [
         "LMINF's decode at 1024 tokens takes 1.000 (1.000–1.000) times that at 256.",
-        "LMINF's prefill of 1024 tokens runs at 1.000 (1.000–1.000) times the tokens/s of 512.",
+        "LMINF's prefill of 1024 tokens runs at 1.000 (1.000–1.000) times the tokens/s of 512; the "
+        "first 128 of either see half a window.",
+        "A chunk in their last quarter takes 1.000 (1.000–1.000) times one behind the first 128 "
+        "and before 512.",
     ]
     assert any("trained length of 256" in line for line in engine_notes(job, result))
 

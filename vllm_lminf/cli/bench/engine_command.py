@@ -23,7 +23,7 @@ HELP = "time a model under LMINF and under full attention, over growing lengths"
 
 LENGTHS = {"lengths": "1024,4096,8192,16384,32768", "lminf_lengths": "131072"}
 SMALL_LENGTHS = {"lengths": "100,256,512", "lminf_lengths": "1024"}
-SIZES = {"n_local": 2048, "chunk": 2048, "rounds": 3, "decode_rounds": 8, "decode_tokens": 16}
+SIZES = {"n_local": 2048, "chunk": 2048, "rounds": 3, "decode_rounds": 16, "decode_tokens": 16}
 SMALL_SIZES = {"n_local": 128, "chunk": 128, "rounds": 2, "decode_rounds": 2, "decode_tokens": 3}
 
 PICTURE = "bench-engine.png"

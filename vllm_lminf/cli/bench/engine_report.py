@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import dataclass
 
@@ -106,9 +107,33 @@ def flatness(job: EngineJob, result: EngineResult) -> list[str]:
         near = [base / s for s in figures_at(runs, base).prefill_seconds]
         ratio = Spread.of_ratios(far, near).text(3)
         lines.append(
-            f"LMINF's prefill of {longest} tokens runs at {ratio} times the tokens/s of {base}."
+            f"LMINF's prefill of {longest} tokens runs at {ratio} times the tokens/s of {base}; "
+            f"the first {n_local} of either see half a window."
         )
+        if ratios := _late_over_early(runs, longest, n_local, base):
+            lines.append(
+                f"A chunk in their last quarter takes {Spread.of(ratios).text(3)} times one behind "
+                f"the first {n_local} and before {base}."
+            )
     return lines
+
+
+def _late_over_early(runs: EngineRuns, longest: int, n_local: int, base: int) -> list[float]:
+    """Of each prefill of the longest prompt, the times of chunks that all see a whole window."""
+    ratios = []
+    for run in runs.prefill:
+        if run.tokens != longest:
+            continue
+        chunks = [
+            (before.tokens, after.tokens, after.seconds - before.seconds)
+            for before, after in itertools.pairwise(run.steps)
+        ]
+        early = [s for begin, end, s in chunks if n_local <= begin and end <= base]
+        # The last one may be shorter.
+        late = [s for begin, _, s in chunks[:-1] if begin >= longest * 3 // 4]
+        if early and late:
+            ratios.append(statistics.median(late) / statistics.median(early))
+    return ratios
 
 
 def engine_notes(job: EngineJob, result: EngineResult) -> list[str]:
