@@ -20,10 +20,10 @@ OTHERS = [
     Case("mixed", ((150, 1), (90, 9)), heads=(71, 1)),
     # Keys of a decode step split among programs, with and without a global branch; a step of
     # several tokens; windows shorter than the splits.
-    Case("decode", ((2000, 1), (2047, 1), (700, 1), (3, 1)), pattern=(10, 1024, 1024)),
-    Case("decode", ((1500, 3), (1499, 1), (1, 2)), block_size=128, pattern=(33, 700, 900)),
-    Case("decode", ((3000, 1),), heads=(8, 1), pattern=(0, 1100, 1100), block_size=32),
-    Case("mixed", ((1200, 1), (800, 130), (1300, 2)), heads=(7, 1), pattern=(20, 513, 513)),
+    Case("decode", ((700, 1), (747, 1), (200, 1), (3, 1)), pattern=(10, 300, 300)),
+    Case("decode", ((500, 3), (499, 1), (1, 2)), block_size=128, pattern=(33, 250, 300)),
+    Case("decode", ((900, 1),), heads=(8, 1), pattern=(0, 500, 500), block_size=32),
+    Case("mixed", ((600, 1), (300, 40), (650, 2)), heads=(7, 1), pattern=(20, 257, 257)),
     # A prefix of several tiles.
     Case("mixed", ((700, 1), (490, 40)), pattern=(200, 30, 33), heads=(2, 1)),
 ]
@@ -54,7 +54,7 @@ def rules_of(names: str, batch: Batch, device: torch.device | str = "cpu") -> Sc
 
 def rules_case(names: str, pattern: tuple[int, int, int]) -> Case:
     """A batch for such rules: ALiBi takes the place of RoPE."""
-    requests = ((0, 64), (64, 186), (399, 1), (250, 3))
+    requests = ((0, 30), (64, 40), (399, 1), (250, 3))
     rotary_dim = 0 if "alibi" in names else None
     return Case(names, requests, pattern=pattern, rotary_dim=rotary_dim)
 

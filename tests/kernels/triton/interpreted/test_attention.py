@@ -50,7 +50,7 @@ def make_tiles_small(monkeypatch: pytest.MonkeyPatch, rows: int = 16, keys: int 
     monkeypatch.setattr(layer_module, "decode_plan", shrink(decode_plan))
 
 
-@pytest.mark.parametrize("case", SERVED[:-1:2] + OTHERS, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", SERVED[:-1:3] + OTHERS, ids=lambda case: case.id)
 def test_the_oracle(case: Case) -> None:
     batch = make_batch(case)
     exact, tolerance = exact_and_tolerance(batch, torch.float32)
@@ -60,7 +60,7 @@ def test_the_oracle(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", SERVED[1:-1:8] + OTHERS[2::4], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", SERVED[1:-1:9] + OTHERS[2::4], ids=lambda case: case.id)
 def test_low_precision(case: Case, dtype: torch.dtype) -> None:
     batch = make_batch(case)
     exact, tolerance = exact_and_tolerance(batch, dtype)
@@ -101,8 +101,11 @@ def test_far_positions(case: Case) -> None:
     assert_close(batch.run_triton(torch.float32), batch.run_literal(), 3e-6)
 
 
-@pytest.mark.parametrize("names", RULES)
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [*zip(RULES, PATTERNS + PATTERNS, strict=False), ("alibi+softcap+sinks", PATTERNS[0])],
+    ids=str,
+)
 def test_rules(names: str, pattern: tuple[int, int, int]) -> None:
     batch = make_batch(rules_case(names, pattern))
     rules = rules_of(names, batch)
@@ -113,8 +116,8 @@ def test_rules(names: str, pattern: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("names", ["alibi+sinks", "softcap+sinks"])
 def test_rules_of_splits(names: str) -> None:
     """A sink is counted once, whatever the number of programs."""
-    case = rules_case(names, (10, 500, 600))
-    batch = make_batch(dataclasses.replace(case, requests=((900, 1), (0, 2), (530, 2))))
+    case = rules_case(names, (10, 300, 320))
+    batch = make_batch(dataclasses.replace(case, requests=((400, 1), (0, 2), (330, 2))))
     rules = rules_of(names, batch)
     exact, tolerance = exact_and_tolerance(batch, torch.float32, rules)
     assert_close(batch.run_triton(torch.float32, rules), exact, tolerance)
@@ -122,14 +125,14 @@ def test_rules_of_splits(names: str) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "block_size"),
-    [((10, 48, 48), 16), ((16, 33, 40), 48), ((0, 16, 16), 16), ((33, 5, 5), 32)],
+    [((10, 33, 33), 16), ((16, 17, 21), 48), ((0, 16, 16), 16), ((33, 5, 5), 32)],
     ids=str,
 )
 def test_every_boundary(pattern: tuple[int, int, int], block_size: int, small_tiles: None) -> None:
     """Every length up to well past the window, the prefix and a few blocks, as the length before a
-    decode step and before a chunk; in tiles of 16 keys."""
-    lengths = range(pattern[0] + pattern[2] + 2 * block_size + 2)
-    requests = [(n, 1) for n in lengths] + [(n, block_size + 1) for n in lengths[::3]]
+    decode step, and many as that before a chunk; in tiles of 16 keys."""
+    lengths = range(pattern[0] + pattern[2] + 34)
+    requests = [(n, 1) for n in lengths] + [(n, 17) for n in lengths[::9]]
     small = {"heads": (2, 1), "head_size": 16}
     case = Case("all", tuple(requests), block_size=block_size, pattern=pattern, **small)
     batch = make_batch(case)
@@ -168,7 +171,7 @@ def cases(draw: st.DrawFn) -> Case:
     keys=st.sampled_from([16, 32]),
     rows=st.sampled_from([8, 16, 32]),
 )
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_random_batches(case: Case, seed: int, keys: int, rows: int) -> None:
     batch = make_batch(case, seed)
     exact, tolerance = exact_and_tolerance(batch, torch.float32)
@@ -182,7 +185,7 @@ class TestRowsAndStrides:
 
     @pytest.fixture
     def batch(self) -> Batch:
-        return make_batch(Case("mixed", ((700, 1), (20, 9), (0, 5)), pattern=(10, 400, 400)))
+        return make_batch(Case("mixed", ((300, 1), (20, 9), (0, 5)), pattern=(10, 150, 150)))
 
     def test_memory_orders_of_the_cache(self, batch: Batch) -> None:
         expected = batch.run_triton(torch.float32)

@@ -1,0 +1,152 @@
+"""What is refused, what is chosen on the host, and what is imported; without Triton."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vllm_lminf.kernels.interface import Heads, ScoreRules, Situation
+from vllm_lminf.kernels.triton import layer as layer_module
+from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace, reasons_against
+from vllm_lminf.kernels.triton.plan import (
+    Hardware,
+    decode_plan,
+    decode_rows,
+    num_splits,
+    prefill_plan,
+)
+from vllm_lminf.pattern import LambdaPattern, cdiv
+
+LLAMA = Heads(32, 8, 128, torch.bfloat16)
+PATTERN = LambdaPattern(10, 4096, 4096)
+H200 = Hardware(False, 90, 132)
+HOPPER = Situation("cuda", (9, 0), LLAMA, PATTERN, torch.bfloat16, 16, True)
+
+
+def test_what_runs() -> None:
+    assert reasons_against(HOPPER) == []
+    for changes in (
+        {"capability": None},  # AMD
+        {"capability": (8, 0), "cache_dtype": torch.float8_e5m2},
+        {"cache_dtype": torch.float8_e4m3fn},
+        {"heads": Heads(71, 1, 64, torch.float16), "cache_dtype": torch.float16},
+        {"heads": dataclasses.replace(LLAMA, head_size=80)},
+        {"block_size": 48, "has_alibi": True, "has_softcap": True, "has_sinks": True},
+    ):
+        assert reasons_against(dataclasses.replace(HOPPER, **changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device_type": "cpu", "capability": None}, "TRITON_INTERPRET=1"),
+        ({"device_type": "xpu"}, "'xpu'"),
+        ({"capability": (7, 5)}, r"7\.5.*8\.0"),
+        ({"capability": (8, 6), "cache_dtype": torch.float8_e4m3fn}, r"8\.6.*8\.9.*fp8_e5m2"),
+        ({"cache_dtype": torch.float16}, "a cache of torch.float16"),
+        ({"cache_dtype": torch.float8_e4m3fnuz}, "float8_e4m3fnuz"),
+        ({"heads": dataclasses.replace(LLAMA, dtype=torch.float64)}, "float64"),
+        ({"heads": dataclasses.replace(LLAMA, head_size=100)}, "100 dimensions"),
+        ({"heads": dataclasses.replace(LLAMA, head_size=512)}, "512 dimensions"),
+        ({"heads": Heads(200, 1, 128, torch.bfloat16)}, "up to 128"),
+        ({"heads": Heads(9, 2, 128, torch.bfloat16)}, "don't divide"),
+        ({"block_size": 8}, "blocks of 8 tokens"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(
+    changes: dict[str, object], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    against = reasons_against(dataclasses.replace(HOPPER, **changes))
+    assert any(re.search(reason, told) for told in against), against
+
+
+def test_all_reasons_at_once() -> None:
+    bad = dataclasses.replace(HOPPER, capability=(7, 0), block_size=1, cache_dtype=torch.int8)
+    assert len(reasons_against(bad)) == 3
+
+
+def test_the_interpreter_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It serves float32 and float16; what it computes wrongly is refused."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    cpu = dataclasses.replace(HOPPER, device_type="cpu", capability=None)
+    for dtype in (torch.float32, torch.float16):
+        heads = dataclasses.replace(LLAMA, dtype=dtype)
+        assert reasons_against(dataclasses.replace(cpu, heads=heads, cache_dtype=dtype)) == []
+        (reason,) = reasons_against(
+            dataclasses.replace(cpu, heads=heads, cache_dtype=torch.float8_e5m2)
+        )
+        assert "wrongly" in reason
+    (reason,) = reasons_against(cpu)
+    assert "--dtype float32" in reason
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_module.importlib.util, "find_spec", lambda name: None)
+    assert any("pip install triton" in reason for reason in reasons_against(HOPPER))
+
+
+def test_triton_is_imported_with_the_first_layer_and_not_before() -> None:
+    code = """if True:
+        import sys
+        import vllm_lminf.kernels.triton.layer
+        import vllm_lminf.kernels.triton.plan
+        assert "triton" not in sys.modules, "imported unasked"
+        assert not any(name.startswith("vllm.") for name in sys.modules)
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_a_scale_that_is_not_positive(scale: float) -> None:
+    workspace = Workspace(LLAMA, torch.device("cpu"))
+    with pytest.raises(ValueError, match="scale is"):
+        TritonLayer(LLAMA, PATTERN, ScoreRules(scale), None, workspace)
+
+
+class TestSplits:
+    """A device has enough to do at any batch size, and splits always find their room."""
+
+    @pytest.mark.parametrize("num_requests", [1, 2, 7, 32, 64, 256, 1000])
+    def test_programs(self, num_requests: int) -> None:
+        plan = decode_plan(LLAMA, PATTERN, torch.bfloat16, H200, decode_rows(LLAMA, 1))
+        programs = num_requests * LLAMA.num_kv_heads
+        splits = num_splits(programs, PATTERN, plan, H200.multiprocessors)
+        assert programs * splits >= H200.multiprocessors
+        assert splits == 1 or programs * (splits - 1) < 4 * H200.multiprocessors
+        assert splits <= cdiv(PATTERN.n_local, plan.keys)
+
+    @pytest.mark.parametrize("heads", [LLAMA, Heads(71, 1, 64, torch.float16)], ids=str)
+    @pytest.mark.parametrize("max_query_len", [1, 2, 5, 16, 4096])
+    def test_room(self, heads: Heads, max_query_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(layer_module, "hardware_of", lambda device: H200)
+        workspace = Workspace(heads, torch.device("cpu"))
+        rows = decode_rows(heads, max_query_len)
+        plan = decode_plan(heads, PATTERN, heads.dtype, H200, rows)
+        for num_requests in range(1, 600):
+            programs = num_requests * heads.num_kv_heads
+            splits = workspace.splits(programs, PATTERN, plan, heads.head_size)
+            wanted = num_splits(programs, PATTERN, plan, H200.multiprocessors)
+            assert splits == wanted or rows > decode_rows(heads, 1)
+            if splits > 1:
+                results, sums = workspace.partial_results(
+                    programs * splits * plan.rows, heads.head_size
+                )
+                assert results.numel() >= programs * splits * plan.rows * heads.head_size
+                assert sums.numel() >= programs * splits * plan.rows
+
+    def test_tiles_hold_whole_groups(self) -> None:
+        for group in (1, 2, 3, 4, 7, 8, 71, 128):
+            heads = Heads(2 * group, 2, 128, torch.bfloat16)
+            for rows in (decode_rows(heads, n) for n in (1, 3, 8, 1000)):
+                plan = decode_plan(heads, PATTERN, torch.bfloat16, H200, rows)
+                assert plan.queries >= 1
+                assert plan.queries * group <= plan.rows
+            plan = prefill_plan(heads, PATTERN, torch.bfloat16, H200)
+            assert plan.queries >= 1
+            assert plan.queries * group <= plan.rows
