@@ -13,6 +13,8 @@ import torch
 import vllm.platforms
 from vllm.platforms.interface import DeviceCapability, Platform
 
+from vllm_lminf.rope import rotate
+
 COMPILED_MODULES = (
     "vllm._C",
     "vllm._C_stable_libtorch",
@@ -48,13 +50,11 @@ def rotary_embedding(
     cos_sin_cache: torch.Tensor,
     is_neox: bool,
 ) -> None:
-    """The operator that turns heads, for pairs of NeoX's order that fill them."""
-    if not is_neox or cos_sin_cache.shape[1] != head_size or key is not None:
-        raise NotImplementedError
-    cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
-    heads = query.view(len(positions), -1, head_size)
-    first, second = heads.chunk(2, dim=-1)
-    heads.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+    """The operator that turns heads."""
+    cos, sin = cos_sin_cache[positions].chunk(2, dim=-1)
+    for x in (query,) if key is None else (query, key):
+        heads = x.view(len(positions), -1, head_size)
+        heads.copy_(rotate(heads, cos, sin, is_neox))
 
 
 for _name in COMPILED_MODULES:

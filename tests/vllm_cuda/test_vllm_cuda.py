@@ -1,7 +1,7 @@
 """The plugin on vLLM for GPUs, as far as its Python files go: in a process that has them first.
 
-Beside the tests in `within/`, those of the memory's side and of the names that the plugin stands on
-run there again.
+Beside the tests in `within/`, those of layers, rotary modules, memory, metrics and the names that
+the plugin stands on run there again.
 """
 
 import os
@@ -15,8 +15,12 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "build" / "vllm-cuda"
 TESTS = (
     "tests/vllm_cuda/within",
+    "tests/attention/test_layer.py",
+    "tests/attention/test_rotary.py",
+    "tests/attention/test_rotary_use.py",
     "tests/kv_cache/test_manager.py",
     "tests/kv_cache/test_spec.py",
+    "tests/test_metrics.py",
     "tests/test_plugin.py::TestHooks",
 )
 

@@ -1,0 +1,130 @@
+"""Which kernel runs where: the one that was asked for, or the best that can."""
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_lminf.config import KERNELS
+from vllm_lminf.kernels.choice import choose, reasons_against
+from vllm_lminf.kernels.interface import Heads, Situation
+from vllm_lminf.pattern import LambdaPattern
+
+CPU = Situation(
+    device_type="cpu",
+    capability=None,
+    heads=Heads(8, 2, 64, torch.bfloat16),
+    pattern=LambdaPattern(10, 4096, 4096),
+    cache_dtype=torch.bfloat16,
+    block_size=16,
+    has_rotation=True,
+)
+HOPPER = replace(CPU, device_type="cuda", capability=(9, 0))
+AMD = replace(HOPPER, capability=None)
+
+
+@pytest.fixture(autouse=True)
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton as users have it."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """As if a package weren't installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a)
+    )
+
+
+@pytest.mark.parametrize(
+    ("situation", "expected"),
+    [
+        (CPU, "cpu"),
+        (HOPPER, "triton"),
+        (replace(HOPPER, capability=(8, 0)), "triton"),
+        (replace(HOPPER, capability=(10, 0)), "triton"),
+        (AMD, "triton"),
+    ],
+    ids=["cpu", "9.0", "8.0", "10.0", "amd"],
+)
+def test_automatic_choice(situation: Situation, expected: str) -> None:
+    choice = choose("auto", situation)
+    assert choice.kernel == expected
+    assert choice.against == {}
+
+
+@pytest.mark.parametrize(
+    ("situation", "named"),
+    [
+        (replace(CPU, block_size=8), "--block-size 8"),
+        (replace(CPU, heads=Heads(8, 2, 72, torch.bfloat16)), "72 in bfloat16"),
+        (replace(CPU, cache_dtype=torch.float16), "not in float16"),
+        (replace(HOPPER, capability=(7, 5)), "compute capability 7.5"),
+        (replace(HOPPER, heads=Heads(8, 2, 512, torch.bfloat16)), "512"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_best_does_not_serve(situation: Situation, named: str) -> None:
+    """The plain one does, and the reasons are there to be told."""
+    choice = choose("auto", situation)
+    assert choice.kernel == "reference"
+    (reason,) = choice.reasons
+    assert named in reason
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "triton")
+    choice = choose("auto", HOPPER)
+    assert choice.kernel == "reference"
+    (reason,) = choice.reasons
+    assert reason.startswith("kernel 'triton': Triton isn't installed")
+    assert choose("triton", HOPPER).kernel is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "situation", "named"),
+    [
+        ("cpu", HOPPER, "it runs on CPUs, not on cuda"),
+        ("triton", CPU, "TRITON_INTERPRET=1"),
+        ("xformers", CPU, "not on 'cpu'"),
+        ("xformers", AMD, "NVIDIA"),
+        ("flash", CPU, "NVIDIA"),
+        ("flash", AMD, "NVIDIA"),
+        ("flash", replace(HOPPER, has_alibi=True), "ALiBi"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_no_other_takes_the_place_of_one_by_name(
+    kernel: str, situation: Situation, named: str
+) -> None:
+    choice = choose(kernel, situation)
+    assert choice.kernel is None
+    assert list(choice.against) == [kernel]
+    assert named in "; ".join(choice.reasons)
+    assert all(reason.startswith(f"kernel {kernel!r}: ") for reason in choice.reasons)
+
+
+def test_interpreted_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    float32: dict[str, Any] = {
+        "heads": Heads(8, 2, 64, torch.float32),
+        "cache_dtype": torch.float32,
+    }
+    assert choose("triton", replace(CPU, **float32)).kernel == "triton"
+    assert choose("auto", replace(CPU, **float32)).kernel == "cpu"
+
+
+def test_nothing_that_serves() -> None:
+    """Every kernel that was looked at has its reasons."""
+    situation = replace(HOPPER, capability=(8, 0), cache_dtype=torch.float8_e4m3fn)
+    choice = choose("auto", situation)
+    assert choice.kernel is None
+    assert list(choice.against) == ["triton", "reference"]
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel != "auto"])
+def test_every_setting_is_known(kernel: str) -> None:
+    assert isinstance(reasons_against(kernel, HOPPER), list)

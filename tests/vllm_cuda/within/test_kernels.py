@@ -1,0 +1,74 @@
+"""How a layer hands its cache and batch to the kernels for GPUs that can't run here."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_lminf import compat
+from vllm_lminf.attention.kernel import FlashKernel, Kernel, Layer, TritonKernel, XformersKernel
+from vllm_lminf.attention.metadata import LambdaMetadata
+from vllm_lminf.kernels import xformers
+from vllm_lminf.kernels.interface import DeviceBatch, Heads, PagedCache, ScoreRules, Situation
+from vllm_lminf.pattern import LambdaPattern
+
+HEADS = Heads(4, 2, 16, torch.float32)
+SITUATION = Situation(
+    "cpu", None, HEADS, LambdaPattern(0, 9, 9), torch.float32, 16, has_rotation=False
+)
+LAYER = Layer(SITUATION, ScoreRules(0.25), None, None, torch.device("cpu"), "an engine")
+
+
+def write_and_attend(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One token of one request, in the second slot of the third block: its key, its value and
+    what the kernel makes of it."""
+    key, value = torch.randn(2, 1, 2, 16)
+    cache = torch.full((4, 2, 16, 32), torch.nan)
+    kernel.write_cache(key, value, cache, torch.tensor([2 * 16, -1])[:1], None)
+    batch = DeviceBatch(
+        query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
+        seq_lens=torch.tensor([1], dtype=torch.int32),
+        block_table=torch.tensor([[2]], dtype=torch.int32),
+        max_query_len=1,
+    )
+    output = torch.full((1, 4, 16), torch.nan)
+    kernel.attend(torch.randn(1, 4, 16), cache, LambdaMetadata(1, batch), output, None)
+    return key, value, output
+
+
+def test_triton() -> None:
+    _, value, output = write_and_attend(TritonKernel(LAYER))
+    torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
+
+
+def test_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention is handed pages as views of vLLM's cache."""
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert key.shape == value.shape == (4, 16, 2, 16)
+        assert arguments["window_size"] == [8, 0]
+        arguments["out"].copy_(value[2, 0].repeat_interleave(2, dim=0))
+        return arguments["out"], torch.zeros(4, 1)
+
+    monkeypatch.setattr(compat, "flash_attention", lambda head_size: attend)
+    _, value, output = write_and_attend(FlashKernel(LAYER))
+    torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
+    assert not FlashKernel.runs_in_graphs
+
+
+def test_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorder:
+        def __init__(self, heads: Heads, pattern: LambdaPattern, *_: Any) -> None:
+            assert (heads, pattern) == (HEADS, SITUATION.pattern)
+
+        def lambda_attention(
+            self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
+        ) -> None:
+            output.copy_(cache.value[2, :, 0].repeat_interleave(2, dim=0))
+
+    monkeypatch.setattr(xformers, "XformersLayer", Recorder)
+    _, value, output = write_and_attend(XformersKernel(LAYER))
+    torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
+    assert not XformersKernel.runs_in_graphs
