@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_lminf.attention import kernel
-from vllm_lminf.attention.kernel import Layer, LayerKernel, compile_layer
+from vllm_lminf.attention.kernel import Layer, LayerKernel, compile_layer, paged_cache
 from vllm_lminf.kernels import cpu
 from vllm_lminf.kernels.interface import Heads, ScoreRules, Situation
 from vllm_lminf.kernels.native import build
@@ -130,6 +130,31 @@ class TestChoice:
         layer = replace(layer, situation=replace(layer.situation, cache_dtype=torch.float8_e5m2))
         with pytest.raises(UnsupportedError, match="not in float8_e5m2"):
             LayerKernel("auto", layer).name(16, torch.uint8)
+
+
+class TestPagedCache:
+    """vLLM's cache as the kernels for GPUs take it."""
+
+    def test_as_it_is(self) -> None:
+        """Each head of a block has its keys, then its values; scales belong to 8 bits alone."""
+        kv_cache = torch.randn(3, 2, 16, 64)
+        cache = paged_cache(kv_cache, torch.float32, (torch.tensor(2.0), torch.tensor(3.0)))
+        assert cache.key.shape == cache.value.shape == (3, 2, 16, 32)
+        assert cache.key.data_ptr() == kv_cache.data_ptr()
+        assert torch.equal(cache.value[1, 1].flatten(), kv_cache[1, 1].flatten()[16 * 32 :])
+        assert cache.key_scale is None
+        assert cache.value_scale is None
+
+    def test_bytes(self) -> None:
+        kv_cache = torch.zeros(3, 2, 16, 64, dtype=torch.uint8)
+        scales = torch.tensor(2.0), torch.tensor(3.0)
+        cache = paged_cache(kv_cache, torch.float8_e5m2, scales)
+        cache.value[2, 1, 15, 31] = 1.5
+        assert cache.key.dtype == torch.float8_e5m2
+        assert (cache.key_scale, cache.value_scale) == scales
+        assert kv_cache[2, 1].flatten()[-1] == torch.tensor(1.5).to(torch.float8_e5m2).view(
+            torch.uint8
+        )
 
 
 class TestStartUp:

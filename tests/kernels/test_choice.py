@@ -75,6 +75,14 @@ def test_what_the_best_does_not_serve(situation: Situation, named: str) -> None:
     assert named in reason
 
 
+def test_a_block_size_makes_no_gpu_slow() -> None:
+    choice = choose("auto", replace(HOPPER, block_size=8))
+    assert choice.kernel is None
+    (reason,) = choice.reasons
+    assert "blocks of 8 tokens" in reason
+    assert choose("reference", replace(HOPPER, block_size=8)).kernel == "reference"
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "triton")
     choice = choose("auto", HOPPER)

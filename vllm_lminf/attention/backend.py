@@ -61,8 +61,8 @@ class LambdaAttentionBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(
         kv_cache_spec: KVCacheSpec | None = None,
     ) -> list[int | MultipleOf]:
-        """Those of the PyTorch kernel where it was asked for or has to do, and on CPUs any, since
-        an automatic choice there takes it for what the compiled kernel doesn't."""
+        """Any, where the PyTorch kernel was asked for, or may be chosen for what the compiled one
+        doesn't take; the other kernels take multiples of 16."""
         asked = _asked()
         any_size = asked == "reference" or (
             asked == "auto" and not current_platform.is_cuda_alike()

@@ -62,8 +62,13 @@ def _automatic(situation: Situation) -> tuple[str, ...]:
     A kernel is here where it was measured to be the fastest of those that serve. On GPUs nothing
     has been measured yet, so it is the one that serves most: xformers and, for the prefill of
     devices from compute capability 9.0 on, FlashAttention have to be asked for by name.
+
+    The plain kernel stands in for what the best one doesn't serve, except that on GPUs nobody gets
+    it for a block size: another one costs nothing.
     """
-    return ("cpu" if situation.device_type == "cpu" else "triton", "reference")
+    if situation.device_type == "cpu":
+        return "cpu", "reference"
+    return ("triton", "reference") if situation.block_size % 16 == 0 else ("triton",)
 
 
 def reasons_against(kernel: str, situation: Situation) -> list[str]:

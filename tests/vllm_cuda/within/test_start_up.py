@@ -114,6 +114,11 @@ class TestKernel:
         with pytest.raises(UnsupportedError, match=r"kernel 'triton': compute capability 7\.5"):
             engine(model_path, "triton", dtype="float16")
 
+    def test_blocks_of_no_kernel_but_the_plain_one(self, model_path: str) -> None:
+        assert chosen(engine(model_path, "reference", block_size=8)) == "reference"
+        with pytest.raises(UnsupportedError, match="kernel 'triton': blocks of 8 tokens"):
+            engine(model_path, block_size=8)
+
     def test_the_compiled_kernel_is_for_cpus(self, model_path: str) -> None:
         with pytest.raises(UnsupportedError, match="kernel 'cpu': it runs on CPUs, not on cuda"):
             engine(model_path, "cpu")
