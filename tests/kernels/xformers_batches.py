@@ -26,14 +26,13 @@ CASES = [
     # many as are sequences of their own; one more.
     Case("decode", tuple((n, 1) for n in (0, 9, 10, 16, 47, 48, 49, 57, 58, 300)), **_SMALL),
     Case("drafts", ((50, 3), (47, 5), (2, 8), (0, 1), (300, 4)), **_SMALL),
-    Case("prefill", ((0, 9), (0, 48), (0, 70)), **_SMALL),
+    Case("prefill", ((0, 9), (0, 70)), **_SMALL),
     Case("chunked", ((32, 16), (40, 25), (200, 9)), **_SMALL),
     Case("mixed", ((120, 1), (0, 9), (55, 9), (0, 1), (300, 2)), **_SMALL),
     # Heads and head sizes.
     Case("mixed", ((120, 1), (60, 9)), heads=(6, 2), head_size=64),
     Case("mixed", ((120, 1), (60, 9)), heads=(4, 4), head_size=32),
-    Case("mixed", ((120, 1), (60, 9)), heads=(20, 1), head_size=16),
-    Case("mixed", ((120, 1), (60, 9)), heads=(2, 1), head_size=128),
+    Case("mixed", ((120, 1), (60, 2)), heads=(20, 1), head_size=16),
     Case("mixed", ((120, 1), (60, 9)), heads=(2, 1), head_size=256),
     # Blocks of one tile, of several, of no power of two.
     Case("mixed", ((150, 1), (90, 9)), block_size=32, pattern=(40, 48, 48), **_SMALL),
@@ -42,9 +41,8 @@ CASES = [
     # Prefixes: none, one token, a whole block, tiles of 32 and 64, more than the window.
     Case("mixed", ((150, 1), (90, 9)), pattern=(0, 48, 48), **_SMALL),
     Case("mixed", ((150, 1), (90, 9)), pattern=(1, 48, 48), **_SMALL),
-    Case("mixed", ((150, 1), (90, 9)), pattern=(16, 48, 48), **_SMALL),
     Case("mixed", ((150, 1), (70, 20)), pattern=(60, 20, 20), **_SMALL),
-    Case("mixed", ((150, 1), (90, 9), (0, 25)), pattern=(500, 20, 20), **_SMALL),
+    Case("mixed", ((150, 1), (0, 25)), pattern=(500, 20, 20), **_SMALL),
     # Windows: one token, as long as the sequence.
     Case("mixed", ((150, 1), (90, 9), (0, 20)), pattern=(10, 1, 1), **_SMALL),
     Case("mixed", ((150, 1), (90, 61)), pattern=(10, 151, 151), **_SMALL),
@@ -61,8 +59,7 @@ CASES = [
 
 FAR = [
     dataclasses.replace(case, block_size=16 * cdiv(case.block_size, 16), head_size=16)
-    for case in [*FAR_CASES, *VERY_FAR_CASES]
-    if case.rotary_dim is None
+    for case in [*FAR_CASES[:2], *VERY_FAR_CASES[2:]]
 ]
 
 by_id = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -68,10 +68,10 @@ def test_the_oracle(case: Case) -> None:
     assert_close(output, exact, tolerance)
 
 
-@pytest.mark.parametrize("names", ["softcap", "sinks", "softcap+sinks"])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("names", ["sinks", "softcap+sinks"])
+@pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
 def test_rules(names: str, pattern: tuple[int, int, int]) -> None:
-    batch = make_batch(Case(names, ((0, 30), (64, 20), (399, 1)), pattern=pattern, head_size=16))
+    batch = make_batch(Case(names, ((0, 12), (64, 9), (399, 1)), pattern=pattern, head_size=16))
     rules = rules_of(names, batch)
     exact, tolerance = exact_and_tolerance(batch, torch.float16, rules)
     assert_close(run(batch, torch.float16, flash_attn_varlen_func, rules), exact, tolerance)
