@@ -13,8 +13,8 @@ from tests.kernels.triton import resources
 from tests.kernels.triton.resources import LAYERS, PLAIN, SHARED_MEMORY, TARGETS, Usage, table
 
 ROOT = Path(__file__).parents[3]
-MOST_SPILLED = 64
-"""Bytes a thread: a dozen registers, around the loops and not in them."""
+MOST_SPILLED = 128
+"""Bytes a thread, for the layers that matter less: 32 registers."""
 
 
 def compile_for(target: str, cache: Path) -> list[Usage]:

@@ -11,9 +11,8 @@ What a step costs, for heads of ``d`` dimensions, ``w`` keys in the window, elem
   long as enough of them are under way: some 40 KB a multiprocessor on an H200. Hence small tiles
   of rows, several stages of keys, and splits for small batches.
 - A prefill chunk computes ``4 * w * d`` flops for every query and query head. A tile of 128 rows
-  reads 1 byte for 128 flops, from the L2 cache mostly, and keeps the tensor cores busy. Tiles of
-  128 keys on Hopper, because a product of 64 rows and 64 keys from shared memory takes all of its
-  bandwidth.
+  reads 1 byte for 128 flops, from the L2 cache mostly. Two tiles of keys are on their way while
+  one is computed on, hence three stages: with two, a copy would begin when its tile is due.
 - The global branch adds ``n_global`` keys to ``w``, and turns the tile of queries once.
 """
 
@@ -118,8 +117,6 @@ def prefill_plan(
         rows, keys, stages = 32, 32, 2
     elif heads.head_size > 128:
         rows, keys, stages = 64, 32, 3
-    elif hardware.capability // 10 == 9:
-        rows, keys, stages = 128, 128, 2
     else:
         rows, keys, stages = 128, 64, 3
     if hardware.is_amd:
