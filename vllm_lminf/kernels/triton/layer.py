@@ -24,6 +24,7 @@ from vllm_lminf.kernels.triton.plan import (
     decode_plan,
     decode_rows,
     hardware_of,
+    join_plan,
     most_partial_rows,
     num_splits,
     power_of_two,
@@ -280,7 +281,7 @@ class TritonLayer:
         plan = decode_plan(heads, self._pattern, cache.key.dtype, hardware, rows)
         tiles, is_decode = num_requests, batch.max_query_len <= plan.queries
         if not is_decode:
-            plan = prefill_plan(heads, self._pattern, cache.key.dtype, hardware)
+            plan = join_plan(heads, self._pattern, cache.key.dtype, hardware)
             tiles = query.shape[0] // plan.queries + num_requests
         self._join_kernel[tiles, heads.num_kv_heads](
             query, cache.key, cache.value, output, lse,

@@ -16,7 +16,7 @@ What a step costs, for heads of ``d`` dimensions, ``w`` keys in the window, elem
 - The global branch adds ``n_global`` keys to ``w``, and turns the tile of queries once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -123,6 +123,20 @@ def prefill_plan(
         stages = 2
     rows = max(rows, power_of_two(group))
     return Plan(rows, rows // group, keys, _global_keys(pattern), 8, stages)
+
+
+def join_plan(
+    heads: Heads, pattern: LambdaPattern, cache_dtype: torch.dtype, hardware: Hardware
+) -> Plan:
+    """For the global branch alone, of requests of any number of queries.
+
+    Smaller tiles than for prefill: the queries, their partners and what is joined into are all in
+    registers at once.
+    """
+    plan = prefill_plan(heads, pattern, cache_dtype, hardware)
+    group = heads.num_heads // heads.num_kv_heads
+    rows = max(min(plan.rows, 64), power_of_two(group))
+    return replace(plan, rows=rows, queries=rows // group)
 
 
 def num_splits(programs: int, pattern: LambdaPattern, plan: Plan, multiprocessors: int) -> int:
