@@ -42,7 +42,7 @@ class TestSources:
         assert read(VLLM_LMINF_N_GLOBAL="0").n_global == 0
 
     def test_variables_of_others_are_ignored(self) -> None:
-        assert read(VLLM_LOGGING_LEVEL="DEBUG", LMINF_N_LOCAL="3", HOME="/") == Settings()
+        assert read(VLLM_LOGGING_LEVEL="DEBUG", LMINF_HOME="/opt", HOME="/") == Settings()
 
     @pytest.mark.parametrize("additional_config", [None, {}, {"other": {"n_local": 3}}, object()])
     def test_no_section(self, additional_config: object) -> None:

@@ -25,12 +25,12 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutputs, core
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_lminf import compat, plugin
+from vllm_lminf import compat, hosts, plugin
 from vllm_lminf.config import BACKEND_NAME
 from vllm_lminf.metrics import BLOCKS_PINNED
 
@@ -39,6 +39,7 @@ WRAPPED = [
     (CpuPlatform, "get_attn_backend_cls"),
     (Scheduler, "make_stats"),
     (StatLoggerManager, "__init__"),
+    (core, "get_kv_cache_configs"),
 ]
 
 
@@ -53,6 +54,7 @@ def clean() -> Iterator[None]:
     compat.uninstall()
     yield
     compat.uninstall()
+    hosts.uninstall()
     plugin.register()
 
 
@@ -122,17 +124,17 @@ class TestVersions:
     @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.33.0", "0.33.0rc2", "0.33.1.dev7"])
     def test_supported(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(vllm.version, "__version__", version)
-        assert compat.unsupported_environment() == []
+        assert hosts.unsupported_environment() == []
 
     @pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "0.34.0rc1", "1.0.0", "dev"])
     def test_unsupported(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(vllm.version, "__version__", version)
-        (reason,) = compat.unsupported_environment()
+        (reason,) = hosts.unsupported_environment()
         assert version in reason
 
     def test_unsupported_platform(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(current_platform, "device_type", "tpu")
-        (reason,) = compat.unsupported_environment()
+        (reason,) = hosts.unsupported_environment()
         assert "'tpu'" in reason
 
     def test_is_left_alone_unless_selected(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +207,13 @@ FUNCTIONS = {
     ),
     "vllm.v1.core.sched.scheduler:Scheduler.make_stats": "self",
     "vllm.v1.metrics.loggers:StatLoggerManager.__init__": "self vllm_config engine_idxs",
+    "vllm.v1.engine.core:get_kv_cache_configs": "vllm_config kv_cache_specs available_memory",
+    "vllm.transformers_utils.config:get_config": (
+        "model trust_remote_code revision code_revision config_format"
+    ),
+    "vllm.transformers_utils.config:get_hf_text_config": "config",
+    "vllm.transformers_utils.config:iter_rope_parameters": "config",
+    "vllm.config:ModelConfig.get_model_arch_config": "self",
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_path": "self",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class": "self",
@@ -275,13 +284,19 @@ BASES = {
 # Fields that are read or set.
 FIELDS = {
     "vllm.v1.metrics.stats:SchedulerStats": "num_kv_fetch_reqs_by_stage",
-    "vllm.engine.arg_utils:EngineArgs": "attention_backend attention_config additional_config",
+    "vllm.engine.arg_utils:EngineArgs": (
+        "attention_backend attention_config additional_config hf_overrides "
+        "model_loader_extra_config"
+    ),
     "vllm.config:VllmConfig": (
         "model_config cache_config parallel_config speculative_config kv_transfer_config "
         "additional_config"
     ),
     "vllm.config.attention:AttentionConfig": "backend backend_per_kind",
-    "vllm.config:ModelConfig": "max_model_len runner dtype",
+    "vllm.config:ModelConfig": (
+        "max_model_len runner dtype hf_overrides hf_config_path model revision code_revision "
+        "config_format trust_remote_code hf_token disable_sliding_window"
+    ),
     "vllm.config:CacheConfig": "cache_dtype block_size",
     "vllm.config:ParallelConfig": (
         "decode_context_parallel_size prefill_context_parallel_size"
