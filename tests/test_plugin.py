@@ -19,6 +19,7 @@ import torch
 import vllm.envs
 import vllm.plugins
 import vllm.version
+from vllm.config import AttentionConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
@@ -144,7 +145,49 @@ class TestVersions:
         plugin.register()
         assert all(now is before for now, before in zip(functions(), originals, strict=True))
 
-    @pytest.mark.parametrize("name", ["LMINF", "lminf"])
+    @pytest.mark.parametrize("name", ["LMINF", "lminf", "LM_INF", "lm-inf "])
+    def test_selected_by_an_option_it_says_every_reason(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where vLLM alone would say that there is no such backend."""
+        monkeypatch.setattr(vllm.version, "__version__", "0.99.0")
+        monkeypatch.setattr(current_platform, "device_type", "tpu")
+        monkeypatch.delenv("VLLM_ATTENTION_BACKEND", raising=False)
+        plugin.register()
+        plugin.register()
+        reasons = r"LMINF is not available: .*0\.99\.0 is installed.*'tpu'"
+        with pytest.raises(ValueError, match=reasons):
+            AttentionConfig(backend=name)
+        with pytest.raises(ValueError, match=reasons):
+            AttentionBackendEnum[name]
+        assert AttentionConfig(backend="CPU_ATTN").backend is AttentionBackendEnum.CPU_ATTN
+        with pytest.raises(ValueError, match="Unknown attention backend: 'NONE'"):
+            AttentionBackendEnum["NONE"]
+        hosts.uninstall()
+        assert AttentionBackendEnum[BACKEND_NAME] is compat.backend_member()
+
+    def test_unknown_vllm_in_which_names_are_gone(self) -> None:
+        """The plugin imports none of them before it knows the version; the reason is a warning."""
+        printed = run_python(
+            "import logging, sys, vllm.version, vllm.logger\n"
+            "from vllm.platforms import current_platform\n"
+            "current_platform.device_type\n"
+            "vllm.version.__version__ = '0.99.0'\n"
+            "gone = ('vllm.engine.arg_utils', 'vllm.v1.attention.backends.registry')\n"
+            "sys.modules.update(dict.fromkeys(gone))\n"
+            "logging.Logger.log = lambda self, level, text: print(level, text)\n"
+            "from vllm_lminf.plugin import register\n"
+            "register()"
+        )
+        assert "30 LMINF is not available: vLLM 0.99.0 is installed" in printed
+
+    def test_a_near_miss_asks_and_says_every_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vllm.version, "__version__", "0.99.0")
+        monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "LMNIF")
+        with pytest.raises(RuntimeError, match=r"was LMINF meant\? .*0\.99\.0 is installed"):
+            plugin.register()
+
+    @pytest.mark.parametrize("name", ["LMINF", "lminf", "LM_INF"])
     def test_selected_it_says_every_reason(
         self, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:

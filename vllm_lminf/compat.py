@@ -211,12 +211,17 @@ def _wrap_pool_planning() -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def get_kv_cache_configs(
-            vllm_config: VllmConfig, kv_cache_specs: Any, available_memory: list[int]
+            vllm_config: VllmConfig,
+            kv_cache_specs: Any,
+            available_memory: list[int],
+            *args: Any,
+            **kwargs: Any,
         ) -> Any:
             try:
-                return original(vllm_config, kv_cache_specs, available_memory)
+                return original(vllm_config, kv_cache_specs, available_memory, *args, **kwargs)
             except ValueError as error:
-                if vllm_config.attention_config.backend is not backend_member():
+                selected = vllm_config.attention_config.backend is backend_member()
+                if not selected or "memory" not in str(error):
                     raise
                 raise ValueError(
                     f"{error}\n{advice(vllm_config, kv_cache_specs, available_memory)}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
-from vllm_lminf.pattern import MAX_POSITION, LambdaPattern
+from vllm_lminf.pattern import MAX_POSITION, LambdaPattern, shown
 
 BACKEND_NAME = "LMINF"
 BACKEND_VARIABLE = "VLLM_ATTENTION_BACKEND"
@@ -78,7 +78,7 @@ def question_of_variables(environ: Mapping[str, str], known: Iterable[str] = ())
     """
     value = environ.get(BACKEND_VARIABLE, "")
     if value.upper() not in known and is_near_miss(value):
-        return f"{BACKEND_VARIABLE} is {_shown(value)}: was {BACKEND_NAME} meant?"
+        return f"{BACKEND_VARIABLE} is {shown(value)}: was {BACKEND_NAME} meant?"
     for name in sorted(environ):
         looks_like_it = re.fullmatch("VLLM.*(ATT|BACKEND).*|ATT(ENTIO)?NBACKENDS?", canonical(name))
         if looks_like_it and name != BACKEND_VARIABLE and is_backend_name(environ[name]):
@@ -179,8 +179,7 @@ class Settings:
 def _section(additional_config: object, problems: list[str]) -> Mapping[str, Any]:
     if isinstance(additional_config, (str, bytes, int, float, list, tuple)):
         problems.append(
-            f"additional_config is {_shown(additional_config)}: it must be an object, as in "
-            f"{_PLACE}"
+            f"additional_config is {shown(additional_config)}: it must be an object, as in {_PLACE}"
         )
     if not isinstance(additional_config, Mapping):
         return {}
@@ -189,7 +188,7 @@ def _section(additional_config: object, problems: list[str]) -> Mapping[str, Any
     section = additional_config.get(SECTION, {})
     if not isinstance(section, Mapping):
         problems.append(
-            f'"{SECTION}" in additional_config is {_shown(section)}: it must be an object of '
+            f'"{SECTION}" in additional_config is {shown(section)}: it must be an object of '
             "settings"
         )
         return {}
@@ -263,15 +262,6 @@ def _check(source: str, name: str, value: object, problems: list[str]) -> int | 
     else:
         allowed = type(value) is int and _MINIMUM[name] <= value <= MAX_POSITION
     if not allowed:
-        problems.append(f"{source} is {_shown(value)}: it must be {_ALLOWED[name]}")
+        problems.append(f"{source} is {shown(value)}: it must be {_ALLOWED[name]}")
         return None
     return value  # type: ignore[return-value]
-
-
-def _shown(value: object) -> str:
-    """A value as a message shows it."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python doesn't write integers of some thousand digits.
-        return f"too large to be shown ({type(value).__name__})"
-    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"

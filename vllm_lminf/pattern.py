@@ -15,6 +15,15 @@ MAX_POSITION = 2**31 - 1
 """Largest position that there is: rotations are exact up to it, and kernels count in int32."""
 
 
+def shown(value: object) -> str:
+    """A value as a message shows it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python doesn't write integers of some thousand digits.
+        return f"too large to be shown ({type(value).__name__})"
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+
+
 def cdiv(a: int, b: int) -> int:
     """``a / b`` rounded up, for integers."""
     return -(-a // b)
