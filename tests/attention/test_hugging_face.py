@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from vllm_lminf.attention.hugging_face import MODEL_TYPES, is_hugging_face, make_exact
-from vllm_lminf.rope import MAX_POSITION
+from vllm_lminf.pattern import MAX_POSITION
 from vllm_lminf.startup import UnsupportedError
 
 CPU = torch.device("cpu")
