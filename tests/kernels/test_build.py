@@ -18,7 +18,7 @@ LOAD = (
 
 @pytest.fixture(autouse=True)
 def nothing_loaded() -> None:
-    build.load_library.cache_clear()
+    build.outcome_of.cache_clear()
 
 
 @pytest.fixture

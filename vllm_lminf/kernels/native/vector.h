@@ -9,8 +9,14 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "pairs of 16 bits are taken from words of 32: the kernels are for little-endian CPUs"
 #endif
 
 namespace lminf {
@@ -26,6 +32,22 @@ inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(
 inline void store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
 inline Floats broadcast(float x) { return x - Floats{}; }
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+#if defined(__aarch64__)
+struct Quarters {
+  float32x4_t at[4];
+};
+inline Quarters quarters(Floats x) {
+  Quarters parts;
+  std::memcpy(&parts, &x, sizeof parts);
+  return parts;
+}
+inline Floats joined(const Quarters& parts) {
+  Floats x;
+  std::memcpy(&x, &parts, sizeof x);
+  return x;
+}
+#endif
 
 inline float reduce_max(Floats x) {
   float best = x[0];
@@ -83,38 +105,104 @@ struct Float32 {
   }
 };
 
+// float16 in bits, where the CPU or the compiler has no conversion: for one element, or for a vector
+// of them. Words and Floats are uint32_t and float, or 16 of each.
+
+template <typename To, typename From>
+To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "only the type changes");
+  To same;
+  std::memcpy(&same, &x, sizeof same);
+  return same;
+}
+
+template <typename F, typename W>
+F half_to_float(W half) {
+  const W magnitude = half & 0x7fffu;
+  const W rebiased = (magnitude << 13) + (112u << 23);
+  // What follows the point of 0.5 counts multiples of 2**-24, as a subnormal half does.
+  const W subnormal = bits_as<W>(bits_as<F>(magnitude | (126u << 23)) - 0.5f);
+  const W bits = magnitude < 0x400u    ? subnormal
+                 : magnitude > 0x7bffu ? rebiased + (112u << 23)  // infinite, or NaN
+                                       : rebiased;
+  return bits_as<F>(bits | ((half & 0x8000u) << 16));
+}
+
+// To the nearest, ties to even.
+template <typename W, typename F>
+W half_from_float(F x) {
+  const W word = bits_as<W>(x), magnitude = word & 0x7fffffffu;
+  const W nearest = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const W subnormal = bits_as<W>(bits_as<F>(magnitude) + 0.5f) - (126u << 23);
+  const W nan = (magnitude >> 13 & 0x3ffu) | 0x7e00u, infinity = nan - nan + 0x7c00u;
+  const W half = magnitude < 113u << 23     ? subnormal
+                 : magnitude > 0x7f800000u  ? nan
+                 : magnitude >= 0x477ff000u ? infinity  // 65520, halfway past the largest half
+                                            : nearest;
+  return half | (word >> 16 & 0x8000u);
+}
+
 struct Float16 {
   using Stored = uint16_t;
   using Operand = float;
   static constexpr int kPack = 1;
 
   static float to_float(Stored x) {
-    _Float16 half;
-    std::memcpy(&half, &x, sizeof half);
-    return static_cast<float>(half);
+#if defined(__F16C__)
+    return _cvtsh_ss(x);
+#elif defined(__aarch64__)
+    return bits_as<__fp16>(x);
+#else
+    return half_to_float<float>(uint32_t{x});
+#endif
   }
   static Stored from_float(float x) {
-    _Float16 half = static_cast<_Float16>(x);
-    Stored bits;
-    std::memcpy(&bits, &half, sizeof bits);
-    return bits;
+#if defined(__F16C__)
+    return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+    return bits_as<Stored>(static_cast<__fp16>(x));
+#else
+    return static_cast<Stored>(half_from_float<uint32_t>(x));
+#endif
   }
   static Floats widen(const Stored* from) {
 #if defined(__AVX512F__)
     return reinterpret_cast<Floats>(
         _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-#else
+#elif defined(__F16C__)
     Floats x;
-    for (int i = 0; i < kLanes; ++i) x[i] = to_float(from[i]);
+    for (int i = 0; i < kLanes; i += 8) {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+      _mm256_storeu_ps(reinterpret_cast<float*>(&x) + i, _mm256_cvtph_ps(halves));
+    }
     return x;
+#elif defined(__aarch64__)
+    Quarters x;
+    for (int i = 0; i < 4; ++i) x.at[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + 4 * i)));
+    return joined(x);
+#else
+    return half_to_float<Floats>(
+        __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words));
 #endif
   }
   static void narrow(Stored* to, Floats x) {
 #if defined(__AVX512F__)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                         _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    for (int i = 0; i < kLanes; i += 8) {
+      const __m256 eight = _mm256_loadu_ps(reinterpret_cast<const float*>(&x) + i);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                       _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT));
+    }
+#elif defined(__aarch64__)
+    const Quarters parts = quarters(x);
+    for (int i = 0; i < 4; ++i) {
+      vst1_u16(to + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(parts.at[i])));
+    }
 #else
-    for (int i = 0; i < kLanes; ++i) to[i] = from_float(x[i]);
+    const Halves packed = __builtin_convertvector(half_from_float<Words>(x), Halves);
+    std::memcpy(to, &packed, sizeof packed);
 #endif
   }
   static void operands(Operand* to, Floats x) { store(to, x); }
@@ -179,6 +267,14 @@ struct BFloat16 {
         _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
                          reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))),
                          reinterpret_cast<__m512bh>(pairs)));
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    Quarters sums = quarters(sum);
+    const bfloat16x8_t both = vreinterpretq_bf16_u32(vdupq_n_u32(a));
+    for (int i = 0; i < 4; ++i) {
+      const bfloat16x8_t pairs = vreinterpretq_bf16_u16(vld1q_u16(packs + 8 * i));
+      sums.at[i] = vbfdotq_f32(sums.at[i], pairs, both);
+    }
+    return joined(sums);
 #else
     Floats elements[2];
     unpack(elements, packs);
