@@ -100,32 +100,36 @@ def _library(dtype: str) -> ctypes.CDLL:
     flags = (*_target_flags(), *FLAGS, f"-DLMINF_STORAGE={_STORAGE[dtype]}")
     name = f"kernels-{dtype}-{_fingerprint(compiler, flags)}.so"
     folders, reasons = _folders()
-    for folder in folders:
+    for folder, why in folders:
+        library = _kept(folder / name)
+        if library is not None:
+            _warn_of(folder, why)
+            return library
+    if reasons:
+        _warn_once(f"each process compiles its own kernels: {'; '.join(reasons)}. {_ADVICE}")
+        return _load(_compile(compiler, flags, None), name)
+    folder, why = folders[-1]
+    _warn_of(folder, why)
+    with store.alone(folder / name, _TIMEOUT_S):
         library = _kept(folder / name)
         if library is not None:
             return library
-    last = folders[-1] if folders else None
-    if last is None or not os.access(last, os.W_OK | os.X_OK):
-        _warn_once(f"each process compiles its own kernels: {'; '.join(reasons)}. {_ADVICE}")
-        return _load(_compile(compiler, flags, None), name)
-    if reasons:
-        _warn_once(f"the compiled kernels are kept in {last}: {'; '.join(reasons)}. {_ADVICE}")
-    with store.alone(last / name, _TIMEOUT_S):
-        library = _kept(last / name)
-        if library is not None:
-            return library
-        content = _compile(compiler, flags, last)
+        content = _compile(compiler, flags, folder)
         library = _load(content, name)  # only what loads is kept
         try:
-            store.write(last / name, content)
+            store.write(folder / name, content)
         except store.StoreError as error:
             _warn_once(f"each process compiles its own kernels: {error}. {_ADVICE}")
         return library
 
 
-def _folders() -> tuple[list[Path], list[str]]:
-    """Folders of the user's alone, best first, up to one that can be written; and why a better one
-    isn't there."""
+def _folders() -> tuple[list[tuple[Path, list[str]]], list[str]]:
+    """Folders of the user's alone, best first, up to one that can be written.
+
+    Returns:
+        The folders, each with the reasons why there is no better one; and why none can be written,
+        which is empty if the last one can.
+    """
     reasons = []
     candidates = []
     home = None
@@ -156,11 +160,16 @@ def _folders() -> tuple[list[Path], list[str]]:
         except store.StoreError as error:
             reasons.append(str(error))
             continue
-        folders.append(candidate)
+        folders.append((candidate, list(reasons)))
         if os.access(candidate, os.W_OK | os.X_OK):
-            break
+            return folders, []
         reasons.append(f"{candidate} can't be written")
     return folders, reasons
+
+
+def _warn_of(folder: Path, why: list[str]) -> None:
+    if why:
+        _warn_once(f"the compiled kernels are kept in {folder}: {'; '.join(why)}. {_ADVICE}")
 
 
 def _kept(path: Path) -> ctypes.CDLL | None:

@@ -47,7 +47,7 @@ def open_folder(path: Path, home: Path | None) -> None:
     try:
         _walk(path, home)
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror or error}") from error
+        raise StoreError(f"{error.filename or path}: {error.strerror}") from error
 
 
 def _walk(path: Path, home: Path | None) -> None:
