@@ -51,7 +51,7 @@ void multiply_keys(const typename T::Operand* query, int64_t query_stride,
                    const typename T::Stored* const* keys, int64_t steps, float* scores) {
   constexpr int64_t slab = 64;
   for (int64_t begin = 0; begin < steps; begin += slab) {
-    Floats sums[rows][width] = {};
+    Sums sums[rows][width] = {};
     for (int64_t step = begin; step < std::min(steps, begin + slab); ++step) {
       for (int row = 0; row < rows; ++row) {
         const typename T::Operand operand = query[row * query_stride + step];
@@ -64,7 +64,7 @@ void multiply_keys(const typename T::Operand* query, int64_t query_stride,
     for (int row = 0; row < rows; ++row) {
       for (int v = 0; v < width; ++v) {
         float* to = scores + row * kStep + v * kLanes;
-        store(to, begin == 0 ? sums[row][v] : load(to) + sums[row][v]);
+        store(to, begin == 0 ? sums[row][v] : load_sums(to) + sums[row][v]);
       }
     }
   }
@@ -77,10 +77,10 @@ void multiply_values(const typename T::Operand* weights, const typename T::Store
                      float* output) {
   constexpr int64_t packs = kLanes / T::kPack;
   constexpr int64_t weights_stride = kStep / T::kPack;
-  Floats sums[rows][width];
+  Sums sums[rows][width];
   for (int row = 0; row < rows; ++row) {
     for (int v = 0; v < width; ++v) {
-      sums[row][v] = load(output + row * head_size + v * kLanes) * broadcast(decay[row]);
+      sums[row][v] = load_sums(output + row * head_size + v * kLanes) * decay[row];
     }
   }
   for (int64_t group = 0; group < groups; ++group) {

@@ -33,20 +33,26 @@ inline void store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
 inline Floats broadcast(float x) { return x - Floats{}; }
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
+// What products are summed up in: a vector or, where a register holds a quarter of one, four, which
+// GCC would otherwise keep in memory.
 #if defined(__aarch64__)
-struct Quarters {
-  float32x4_t at[4];
+struct Sums {
+  float32x4_t a, b, c, d;
 };
-inline Quarters quarters(Floats x) {
-  Quarters parts;
-  std::memcpy(&parts, &x, sizeof parts);
-  return parts;
+inline Sums load_sums(const float* from) {
+  return {vld1q_f32(from), vld1q_f32(from + 4), vld1q_f32(from + 8), vld1q_f32(from + 12)};
 }
-inline Floats joined(const Quarters& parts) {
-  Floats x;
-  std::memcpy(&x, &parts, sizeof x);
-  return x;
+inline void store(float* to, Sums x) {
+  vst1q_f32(to, x.a);
+  vst1q_f32(to + 4, x.b);
+  vst1q_f32(to + 8, x.c);
+  vst1q_f32(to + 12, x.d);
 }
+inline Sums operator+(Sums x, Sums y) { return {x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d}; }
+inline Sums operator*(Sums x, float y) { return {x.a * y, x.b * y, x.c * y, x.d * y}; }
+#else
+using Sums = Floats;
+inline Sums load_sums(const float* from) { return load(from); }
 #endif
 
 inline float reduce_max(Floats x) {
@@ -100,8 +106,14 @@ struct Float32 {
   static void operands(Operand* to, Floats x) { store(to, x); }
   static void unpack(Floats* to, const Stored* packs) { to[0] = load(packs); }
   static void pack(Stored* packs, const Floats* from) { store(packs, from[0]); }
-  static Floats multiply_add(Floats sum, Operand a, const Stored* packs) {
+  static Sums multiply_add(Sums sum, Operand a, const Stored* packs) {
+#if defined(__aarch64__)
+    return {vfmaq_n_f32(sum.a, vld1q_f32(packs), a), vfmaq_n_f32(sum.b, vld1q_f32(packs + 4), a),
+            vfmaq_n_f32(sum.c, vld1q_f32(packs + 8), a),
+            vfmaq_n_f32(sum.d, vld1q_f32(packs + 12), a)};
+#else
     return sum + broadcast(a) * load(packs);
+#endif
   }
 };
 
@@ -177,9 +189,10 @@ struct Float16 {
     }
     return x;
 #elif defined(__aarch64__)
-    Quarters x;
-    for (int i = 0; i < 4; ++i) x.at[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + 4 * i)));
-    return joined(x);
+    Floats x;
+    float* to = reinterpret_cast<float*>(&x);
+    for (int i = 0; i < kLanes; i += 4) vst1q_f32(to + i, four(from + i));
+    return x;
 #else
     return half_to_float<Floats>(
         __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words));
@@ -196,9 +209,9 @@ struct Float16 {
                        _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT));
     }
 #elif defined(__aarch64__)
-    const Quarters parts = quarters(x);
-    for (int i = 0; i < 4; ++i) {
-      vst1_u16(to + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(parts.at[i])));
+    const float* from = reinterpret_cast<const float*>(&x);
+    for (int i = 0; i < kLanes; i += 4) {
+      vst1_u16(to + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i))));
     }
 #else
     const Halves packed = __builtin_convertvector(half_from_float<Words>(x), Halves);
@@ -208,9 +221,19 @@ struct Float16 {
   static void operands(Operand* to, Floats x) { store(to, x); }
   static void unpack(Floats* to, const Stored* packs) { to[0] = widen(packs); }
   static void pack(Stored* packs, const Floats* from) { narrow(packs, from[0]); }
-  static Floats multiply_add(Floats sum, Operand a, const Stored* packs) {
+  static Sums multiply_add(Sums sum, Operand a, const Stored* packs) {
+#if defined(__aarch64__)
+    return {vfmaq_n_f32(sum.a, four(packs), a), vfmaq_n_f32(sum.b, four(packs + 4), a),
+            vfmaq_n_f32(sum.c, four(packs + 8), a), vfmaq_n_f32(sum.d, four(packs + 12), a)};
+#else
     return sum + broadcast(a) * widen(packs);
+#endif
   }
+#if defined(__aarch64__)
+  static float32x4_t four(const Stored* from) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+  }
+#endif
 };
 
 struct BFloat16 {
@@ -260,21 +283,16 @@ struct BFloat16 {
   }
   // Consecutive elements form the pairs of an operand.
   static void operands(Operand* to, Floats x) { narrow(reinterpret_cast<Stored*>(to), x); }
-  static Floats multiply_add(Floats sum, Operand a, const Stored* packs) {
+  static Sums multiply_add(Sums sum, Operand a, const Stored* packs) {
 #if defined(__AVX512BF16__)
     __m512i pairs = _mm512_loadu_si512(packs);
     return reinterpret_cast<Floats>(
         _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
                          reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))),
                          reinterpret_cast<__m512bh>(pairs)));
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-    Quarters sums = quarters(sum);
-    const bfloat16x8_t both = vreinterpretq_bf16_u32(vdupq_n_u32(a));
-    for (int i = 0; i < 4; ++i) {
-      const bfloat16x8_t pairs = vreinterpretq_bf16_u16(vld1q_u16(packs + 8 * i));
-      sums.at[i] = vbfdotq_f32(sums.at[i], pairs, both);
-    }
-    return joined(sums);
+#elif defined(__aarch64__)
+    return {four(sum.a, a, packs), four(sum.b, a, packs + 8), four(sum.c, a, packs + 16),
+            four(sum.d, a, packs + 24)};
 #else
     Floats elements[2];
     unpack(elements, packs);
@@ -282,6 +300,19 @@ struct BFloat16 {
     return sum + broadcast(to_float(static_cast<Stored>(a >> 16))) * elements[1];
 #endif
   }
+#if defined(__aarch64__)
+  static float32x4_t four(float32x4_t sum, Operand a, const Stored* packs) {
+    const uint32x4_t pairs = vreinterpretq_u32_u16(vld1q_u16(packs));
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return vbfdotq_f32(sum, vreinterpretq_bf16_u32(pairs), vreinterpretq_bf16_u32(vdupq_n_u32(a)));
+#else
+    const float32x4_t first = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
+    const float32x4_t second = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000u)));
+    sum = vfmaq_n_f32(sum, first, to_float(static_cast<Stored>(a)));
+    return vfmaq_n_f32(sum, second, to_float(static_cast<Stored>(a >> 16)));
+#endif
+  }
+#endif
 };
 
 }  // namespace lminf
