@@ -23,7 +23,7 @@ BENCH      := build/bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv model vllm-cuda demo test families bench serve lint format clean
+.PHONY: help compilers venv model vllm-cuda demo test families bench serve lint format clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,16 @@ $(VLLM_CUDA)/vllm/__init__.py: requirements-vllm-cuda.txt tools/vllm_cuda_source
 
 demo: venv model  ## compare full attention and LM-Infinite on a book, far past the trained length
 	$(BIN)/vllm-lminf eval --model $(MODEL) --text $(TEXT) --output $(DEMO)
+
+# What other compilers and other CPUs the kernels for CPUs are tested with, where Debian or Ubuntu
+# have them; a test whose compiler is missing is skipped, and says which.
+COMPILERS := g++-11 clang-14 clang-19 g++-aarch64-linux-gnu qemu-user
+
+compilers:  ## install compilers and an emulator to test the CPU kernels with (root, Debian, Ubuntu)
+	apt-get update
+	for package in $(COMPILERS); do \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$package \
+		|| echo "$$package isn't to be had here: its tests are skipped"; done
 
 test: venv model vllm-cuda  ## lint, check types and run every test
 	$(BIN)/ruff check

@@ -60,14 +60,14 @@ class TestCompiled:
     def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler")
         cpu.load.cache_clear()
-        build.load_library.cache_clear()
+        build.outcome_of.cache_clear()
         try:
             assert self.compile() is None
             with pytest.raises(UnsupportedError, match=r"kernel 'cpu': .*no-such-compiler"):
                 self.compile("cpu")
         finally:
             cpu.load.cache_clear()
-            build.load_library.cache_clear()
+            build.outcome_of.cache_clear()
         assert len(warnings) == 1
         assert "no-such-compiler" in warnings[0]
         assert "much slower" in warnings[0]
@@ -172,14 +172,14 @@ class TestStartUp:
 
     def test_every_reason_at_once(self, model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler")
-        build.load_library.cache_clear()
+        build.outcome_of.cache_clear()
         try:
             with pytest.raises(UnsupportedError) as refusal:
                 self.engine(
                     model_path, "cpu", block_size=8, kv_cache_dtype="float16", dtype="bfloat16"
                 )
         finally:
-            build.load_library.cache_clear()
+            build.outcome_of.cache_clear()
         for named in ("--block-size 8", "not in float16", "no-such-compiler"):
             assert named in str(refusal.value)
         for reason in refusal.value.reasons:

@@ -26,6 +26,7 @@
 #include "cache.h"
 #include "interface.h"
 #include "rotary.h"
+#include "threads.h"
 #include "vector.h"
 
 namespace lminf {
@@ -571,8 +572,7 @@ void attention(const LminfBatch& batch, const LminfLayer& layer) {
   const std::unique_ptr<std::atomic<int>[]> finished(new std::atomic<int>[num_splits]());
   std::atomic<size_t> next{0};
 
-#pragma omp parallel if (units.size() > 1)
-  {
+  in_threads(units.size() > 1, [&] {
     UnitWorker<T> worker(batch, layer);
     for (size_t u = next++; u < units.size(); u = next++) {
       const Unit& unit = units[u];
@@ -585,7 +585,7 @@ void attention(const LminfBatch& batch, const LminfLayer& layer) {
       }
       worker.write_output();
     }
-  }
+  });
 }
 
 }  // namespace lminf

@@ -11,8 +11,14 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "pairs of 16 bits are taken from words of 32: the kernels are for little-endian CPUs"
 #endif
 
 namespace lminf {
@@ -154,6 +160,43 @@ struct Float32 {
   }
 };
 
+// float16 in bits, where the CPU or the compiler has no conversion: for one element, or for a part of
+// a vector. W and F are uint32_t and float, or NativeWords and NativeFloats.
+
+template <typename To, typename From>
+To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "only the type changes");
+  To same;
+  std::memcpy(&same, &x, sizeof same);
+  return same;
+}
+
+template <typename F, typename W>
+F half_to_float(W half) {
+  const W magnitude = half & 0x7fffu;
+  const W rebiased = (magnitude << 13) + (112u << 23);
+  // What follows the point of 0.5 counts multiples of 2**-24, as a subnormal half does.
+  const W subnormal = bits_as<W>(bits_as<F>(magnitude | (126u << 23)) - 0.5f);
+  const W bits = magnitude < 0x400u    ? subnormal
+                 : magnitude > 0x7bffu ? rebiased + (112u << 23)  // infinite, or NaN
+                                       : rebiased;
+  return bits_as<F>(bits | ((half & 0x8000u) << 16));
+}
+
+// To the nearest, ties to even.
+template <typename W, typename F>
+W half_from_float(F x) {
+  const W word = bits_as<W>(x), magnitude = word & 0x7fffffffu;
+  const W nearest = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const W subnormal = bits_as<W>(bits_as<F>(magnitude) + 0.5f) - (126u << 23);
+  const W nan = (magnitude >> 13 & 0x3ffu) | 0x7e00u, infinity = nan - nan + 0x7c00u;
+  const W half = magnitude < 113u << 23     ? subnormal
+                 : magnitude > 0x7f800000u  ? nan
+                 : magnitude >= 0x477ff000u ? infinity  // 65520, halfway past the largest half
+                                            : nearest;
+  return half | (word >> 16 & 0x8000u);
+}
+
 struct Float16 {
   using Stored = uint16_t;
   using Operand = float;
@@ -163,15 +206,22 @@ struct Float16 {
   static constexpr int kTerms = 1;
 
   static float to_float(Stored x) {
-    _Float16 half;
-    std::memcpy(&half, &x, sizeof half);
-    return static_cast<float>(half);
+#if defined(__F16C__)
+    return _cvtsh_ss(x);
+#elif defined(__aarch64__)
+    return bits_as<__fp16>(x);
+#else
+    return half_to_float<float>(uint32_t{x});
+#endif
   }
   static Stored from_float(float x) {
-    _Float16 half = static_cast<_Float16>(x);
-    Stored bits;
-    std::memcpy(&bits, &half, sizeof bits);
-    return bits;
+#if defined(__F16C__)
+    return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+    return bits_as<Stored>(static_cast<__fp16>(x));
+#else
+    return static_cast<Stored>(half_from_float<uint32_t>(x));
+#endif
   }
   static Floats widen(const Stored* from) {
     return each([=](int p) { return widen_part(from + p * kNative); });
@@ -194,10 +244,11 @@ struct Float16 {
     return reinterpret_cast<NativeFloats>(_mm512_cvtph_ps(read<__m256i>(from)));
 #elif defined(__AVX2__) && defined(__F16C__)
     return reinterpret_cast<NativeFloats>(_mm256_cvtph_ps(read<__m128i>(from)));
+#elif defined(__aarch64__)
+    return reinterpret_cast<NativeFloats>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))));
 #else
-    NativeFloats x;
-    for (int i = 0; i < kNative; ++i) x[i] = to_float(from[i]);
-    return x;
+    const NativeHalves halves = read<NativeHalves>(from);
+    return half_to_float<NativeFloats>(__builtin_convertvector(halves, NativeWords));
 #endif
   }
   static inline void narrow_part(Stored* to, NativeFloats x) {
@@ -209,8 +260,12 @@ struct Float16 {
     const __m128i halves =
         _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
     std::memcpy(to, &halves, sizeof halves);
+#elif defined(__aarch64__)
+    vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(reinterpret_cast<float32x4_t>(x))));
 #else
-    for (int i = 0; i < kNative; ++i) to[i] = from_float(x[i]);
+    const NativeHalves packed =
+        __builtin_convertvector(half_from_float<NativeWords>(x), NativeHalves);
+    std::memcpy(to, &packed, sizeof packed);
 #endif
   }
 };
@@ -236,6 +291,25 @@ struct BFloat16 {
                          reinterpret_cast<__m512bh>(factor), reinterpret_cast<__m512bh>(term)))};
   }
   // Consecutive elements form the pairs of an operand.
+  static void operands(Operand* to, Floats x) { narrow(reinterpret_cast<Stored*>(to), x); }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  using Operand = uint32_t;
+  using Term = Words;
+  using Factor = NativeWords;
+  static constexpr int kTerms = 1;
+
+  static Term term(const Stored* packs, int) {
+    return each<Words>([=](int p) { return read<NativeWords>(packs + 2 * p * kNative); });
+  }
+  static Factor factor(const Operand& operand, int) { return operand - NativeWords{}; }
+  static Floats multiply_add(Floats sum, Factor factor, Term term) {
+    return each([&](int p) {
+      return reinterpret_cast<NativeFloats>(
+          vbfdotq_f32(reinterpret_cast<float32x4_t>(sum.part[p]),
+                      vreinterpretq_bf16_u32(reinterpret_cast<uint32x4_t>(term.part[p])),
+                      vreinterpretq_bf16_u32(reinterpret_cast<uint32x4_t>(factor))));
+    });
+  }
   static void operands(Operand* to, Floats x) { narrow(reinterpret_cast<Stored*>(to), x); }
 #else
   struct Operand {
