@@ -18,8 +18,7 @@ MODELS = {"object": "list", "data": [{"id": "tiny", "object": "model"}]}
 
 
 @pytest.fixture
-def example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def example(request: pytest.FixtureRequest) -> ModuleType:
     return importlib.import_module(request.param)
 
 
