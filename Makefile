@@ -35,11 +35,10 @@ $(BIN)/python:
 		"Install it, or name it: make venv PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV_STAMP): requirements-cpu.txt pyproject.toml tools/vllm_metadata_shim.py | $(BIN)/python
+$(VENV_STAMP): requirements-cpu.txt pyproject.toml vllm_lminf/cli/metadata_shim.py | $(BIN)/python
 	$(BIN)/python -m pip install --no-deps $(PIP_ARGS) -r requirements-cpu.txt
 	$(BIN)/python -m pip install --no-deps --no-build-isolation $(PIP_ARGS) -e .
-	$(BIN)/python tools/vllm_metadata_shim.py
-	@$(BIN)/python -c "import torch" || { echo "torch does not load: is it a CUDA build? Type:" \
+	@$(BIN)/vllm-lminf doctor --fix || { echo "If torch is a CUDA build, type:" \
 		"rm -r $(VENV) && make venv" \
 		"PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'" >&2; exit 1; }
 	@touch $@

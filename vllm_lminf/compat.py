@@ -1,6 +1,6 @@
 """Every difference between vLLM versions, and every place where vLLM offers no registry.
 
-Registries are used where they exist. Five functions of vLLM are wrapped, because nothing else
+Registries are used where they exist. Six functions of vLLM are wrapped, because nothing else
 serves; each wrapper below says why, is installed once however often it is asked for, does nothing
 unless LMINF is selected, and is taken off again by `uninstall`.
 """
@@ -45,6 +45,7 @@ def install(prepare: Callable[[EngineArgs], Finish | None]) -> None:
     _wrap_scheduler()
     _wrap_stat_loggers()
     _wrap_pool_planning()
+    _wrap_cpu_sampling()
 
 
 def uninstall() -> None:
@@ -230,6 +231,41 @@ def _wrap_pool_planning() -> None:
         return get_kv_cache_configs
 
     _wrap(core, "get_kv_cache_configs", make)
+
+
+def _wrap_cpu_sampling() -> None:
+    """`GPUModelRunner.sample_tokens`, on CPUs: of a prompt that isn't whole yet, every chunk draws
+    a token, which is thrown away; the generator of a seeded request is then set back by an offset,
+    which a CPU's generator doesn't have, and the engine dies of it.
+
+    Such a request is given no generator for the step instead: what is thrown away comes from the
+    common one, as it does for requests without a seed, and the request's own draws only what
+    counts. A vLLM that sets no offset needs none of this, and nothing is wrapped in it.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if "set_offset" not in GPUModelRunner._bookkeeping_sync.__code__.co_names:
+        return
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def sample_tokens(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+            if (
+                self.device.type != "cpu"
+                or self.vllm_config.attention_config.backend is not backend_member()
+            ):
+                return original(self, *args, **kwargs)
+            generators = self.input_batch.generators
+            discarded = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]
+            withheld = {i: generators.pop(i) for i in discarded.tolist() if i in generators}
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                generators.update(withheld)
+
+        return sample_tokens
+
+    _wrap(GPUModelRunner, "sample_tokens", make)
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
