@@ -104,6 +104,10 @@ def _find_rotation(
     tolerance = seen.tolerance
     for what in ("query", "key", "value"):
         before, after = getattr(rest, what), getattr(seen, what)
+        if len(before) != NUM_TOKENS:
+            raise UnsupportedError(
+                [f"it has a {what} of {len(before)} rows for {NUM_TOKENS} tokens"]
+            )
         if not (before.isfinite().all() and after.isfinite().all() and before.any()):
             raise UnsupportedError(
                 [f"its rotation doesn't show: a {what} that is zero or not finite, in a trial run"]
@@ -286,7 +290,7 @@ def _inputs(model: Any, engine: VllmConfig, device: torch.device) -> dict[str, A
         return noise(torch.empty(size, dtype=config.dtype, device=device))
 
     def intermediate_tensors() -> Any:
-        if get_pp_group().is_first_rank:
+        if engine.parallel_config.pipeline_parallel_size == 1 or get_pp_group().is_first_rank:
             return None
         tensors = model.make_empty_intermediate_tensors(NUM_TOKENS, config.dtype, device)
         for name, tensor in tensors.items():
