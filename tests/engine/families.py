@@ -179,6 +179,14 @@ def _exact_gelu(model: PreTrainedModel) -> None:
         block.mlp.gelu_impl = nn.GELU()
 
 
+def _activation_in_bfloat16(model: PreTrainedModel) -> None:
+    """vLLM keeps the two learned numbers of Apertus' activation in bfloat16, whatever the model's
+    dtype and its attention."""
+    for layer in model.model.layers:
+        for number in (layer.mlp.act_fn.alpha_p, layer.mlp.act_fn.alpha_n):
+            number.data = number.data.to(torch.bfloat16).to(number.dtype)
+
+
 _ALTERNATING = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -465,6 +473,12 @@ FAMILIES = {
         "Persimmon",
         "PersimmonConfig",
         {"qk_layernorm": True, **_rope(partial_rotary_factor=0.5)},
+    ),
+    "apertus": Family(
+        "Apertus",
+        "ApertusConfig",
+        {**_GQA, **_rope()},
+        as_in_vllm=_activation_in_bfloat16,
     ),
     "arcee": Family("Arcee", "ArceeConfig", {"head_dim": 16, **_GQA, **_rope()}),
     "helium": Family(
