@@ -2,7 +2,16 @@
 
 import pytest
 
-from vllm_lminf.config import BACKEND_NAME, DEFAULT_N_GLOBAL, Settings, SettingsError
+from vllm_lminf.config import (
+    BACKEND_NAME,
+    BACKEND_VARIABLE,
+    DEFAULT_N_GLOBAL,
+    Settings,
+    SettingsError,
+    given_settings,
+    is_backend_name,
+    question_of_variables,
+)
 from vllm_lminf.pattern import LambdaPattern
 
 
@@ -42,11 +51,134 @@ class TestSources:
         assert read(VLLM_LMINF_N_GLOBAL="0").n_global == 0
 
     def test_variables_of_others_are_ignored(self) -> None:
-        assert read(VLLM_LOGGING_LEVEL="DEBUG", LMINF_N_LOCAL="3", HOME="/") == Settings()
+        assert read(VLLM_LOGGING_LEVEL="DEBUG", LMINF_HOME="/opt", HOME="/") == Settings()
 
     @pytest.mark.parametrize("additional_config", [None, {}, {"other": {"n_local": 3}}, object()])
     def test_no_section(self, additional_config: object) -> None:
         assert Settings.read(additional_config, {}) == Settings()
+
+    @pytest.mark.parametrize("value", ["4096 ", " 4096", "\t4096\n"])
+    def test_blanks_around_a_value(self, value: str) -> None:
+        assert read(VLLM_LMINF_N_LOCAL=value).n_local == 4096
+        assert read(VLLM_LMINF_KERNEL=" cpu ").kernel == "cpu"
+
+    def test_addresses_of_services(self) -> None:
+        """Kubernetes sets them in every container of a cluster with services of these names."""
+        names = ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_8000_TCP"]
+        names += ["PORT_8000_TCP_ADDR", "PORT_8000_TCP_PROTO", "SMOLLM2_SERVICE_HOST"]
+        services = {
+            f"{prefix}_{name}": "tcp://10.0.0.1:8000"
+            for name in names
+            for prefix in ("VLLM_LMINF", "LMINF")
+        }
+        assert read(**services) == Settings()
+        assert given_settings({}, services) == []
+
+
+class TestOutOfPlace:
+    """What nothing would read is refused, with the place where it belongs."""
+
+    @pytest.mark.parametrize(
+        ("additional_config", "named"),
+        [
+            ({"LMINF": {"n_local": 4096}}, '"LMINF" in --additional-config'),
+            ({"lm_inf": {"n_local": 4096}}, '"lm_inf" in'),
+            ({"vllm-lminf": {}}, '"vllm-lminf" in'),
+            ({"n_local": 4096}, '"n_local" in --additional-config'),
+            ({"N_GLOBAL": 4}, '"n_global" belongs in "lminf"'),
+            ({"distance-limit": 4}, '"distance_limit" belongs in "lminf"'),
+            ({"kernel": "cpu"}, '"kernel" belongs in "lminf"'),
+            ({"other": {"lminf": {}}}, '"lminf" in "other" in --additional-config'),
+            ({"lminf": {}, "nlocal": 4096}, '"n_local" belongs in "lminf"'),
+            ({"lminf": {"lminf": {"n_local": 1}}}, '"lminf" in lminf is not a setting'),
+            ({"lminf": {"N_LOCAL": 4096}}, '"N_LOCAL" in lminf is not a setting (is "n_local"'),
+            ({"lminf": {"n-global": 1}}, 'is "n_global" meant?'),
+            ('{"lminf": {"n_local": 4096}}', 'additional_config is \'{"lminf"'),
+            ([{"lminf": {}}], "it must be an object"),
+            ({"lminf": '{"n_local": 4096}'}, "it must be an object of settings"),
+        ],
+        ids=str,
+    )
+    def test_additional_config(self, additional_config: object, named: str) -> None:
+        with pytest.raises(SettingsError) as refusal:
+            Settings.read(additional_config, {})
+        (problem,) = refusal.value.problems
+        assert named in problem
+
+    def test_other_options(self) -> None:
+        elsewhere = {"--hf-overrides": {"lminf": {"n_local": 1}}, "--model-loader": {"n_global": 1}}
+        with pytest.raises(SettingsError) as refusal:
+            Settings.read({}, {}, elsewhere)
+        assert len(refusal.value.problems) == 2
+        assert '"lminf" in --hf-overrides is not read' in refusal.value.problems[0]
+
+    def test_what_others_read(self) -> None:
+        """Below the top, names are those of somebody else; so are other kernels."""
+        others = {"ascend": {"n_local": 3, "kernel": "cpu"}, "kernel": "theirs", 3: None}
+        assert Settings.read(others, {}, {"--hf-overrides": lambda config: config}) == Settings()
+
+    @pytest.mark.parametrize(
+        ("variable", "meant"),
+        [
+            ("VLLM_LMINF_NLOCAL", "VLLM_LMINF_N_LOCAL"),
+            ("VLLM_LM_INF_N_LOCAL", "VLLM_LMINF_N_LOCAL"),
+            ("LMINF_N_LOCAL", "VLLM_LMINF_N_LOCAL"),
+            ("vllm_lminf_n_local", "VLLM_LMINF_N_LOCAL"),
+            ("VLLM_LMINFN_GLOBAL", "VLLM_LMINF_N_GLOBAL"),
+            ("VLLM_N_GLOBAL", "VLLM_LMINF_N_GLOBAL"),
+            ("VLLM_LMINF_DISTANCE", "VLLM_LMINF_DISTANCE_LIMIT"),
+            ("VLLM_LMINF_KERNELS", "VLLM_LMINF_KERNEL"),
+        ],
+    )
+    def test_variables(self, variable: str, meant: str) -> None:
+        with pytest.raises(SettingsError) as refusal:
+            read(**{variable: "4096"})
+        (problem,) = refusal.value.problems
+        assert problem.startswith(f"{variable} is not ")
+        assert f"(is {meant} meant?)" in problem
+
+
+class TestBackendName:
+    @pytest.mark.parametrize(
+        "name", ["LMINF", "lminf", "LM_INF", "lm-inf", "LMINF ", " Lm Inf", "l_m_i_n_f"]
+    )
+    def test_spellings(self, name: str) -> None:
+        assert is_backend_name(name)
+        assert question_of_variables({BACKEND_VARIABLE: name}) is None
+
+    @pytest.mark.parametrize(
+        "name",
+        ["LMNIF", "LMIN", "LIMINF", "MINF", "LMINFF", "LM-Infinite", "LMInfinity", "vllm_lminf",
+         '"LMINF"', "LM.INF", "LM\N{EN DASH}INF"],
+    )  # fmt: skip
+    def test_near_misses(self, name: str) -> None:
+        assert not is_backend_name(name)
+        question = question_of_variables({BACKEND_VARIABLE: name})
+        assert question is not None
+        assert question.startswith(BACKEND_VARIABLE)
+        assert "was LMINF meant?" in question
+        assert question_of_variables({BACKEND_VARIABLE: name}, {name.upper()}) is None
+
+    @pytest.mark.parametrize(
+        "name",
+        ["", "auto", "FLASH_ATTN", "FLASHINFER", "FLASHINFER_MLA", "XFORMERS", "TORCH_SDPA",
+         "CUSTOM", "TRITON_MLA", "PALLAS", "IPEX", "LINEAR", "CPU_ATTN", "FLEX_ATTENTION"],
+    )  # fmt: skip
+    def test_names_of_others(self, name: str) -> None:
+        """Of vLLM's, of today and of before."""
+        assert not is_backend_name(name)
+        assert question_of_variables({BACKEND_VARIABLE: name}) is None
+
+    @pytest.mark.parametrize(
+        "variable", ["VLLM_ATTN_BACKEND", "vllm_attention_backend", "ATTENTION_BACKEND"]
+    )
+    def test_variables_that_nothing_reads(self, variable: str) -> None:
+        question = question_of_variables({variable: "LMINF"})
+        assert question is not None
+        assert f"{variable} is 'LMINF' and isn't read: was {BACKEND_VARIABLE} meant?" in question
+
+    def test_other_variables_that_name_it(self) -> None:
+        assert question_of_variables({"VLLM_PLUGINS": "lminf", "JOB": "lminf"}) is None
 
 
 class TestPattern:
@@ -88,6 +220,29 @@ class TestRefusals:
         (problem,) = refusal.value.problems
         assert problem.startswith(f"VLLM_LMINF_{name} is ")
         assert value in problem
+
+    @pytest.mark.parametrize("name", ["n_global", "n_local", "distance_limit"])
+    @pytest.mark.parametrize("value", [2**31, 10**19, 2**64, 10**5000], ids=["31", "19", "64", "5"])
+    def test_values_beyond_the_largest_position(self, name: str, value: int) -> None:
+        for given in ({name: value}, {"kernel": "cpu", name: value}):
+            with pytest.raises(SettingsError) as refusal:
+                read(given)
+            (problem,) = refusal.value.problems
+            assert f'"{name}" in lminf is ' in problem
+            assert "to 2147483647" in problem
+
+    @pytest.mark.parametrize("digits", ["2147483648", "9" * 20, "9" * 5000])
+    def test_variables_beyond_the_largest_position(self, digits: str) -> None:
+        """Python reads no integer of more than 4300 digits; a message doesn't show them all."""
+        with pytest.raises(SettingsError) as refusal:
+            read(VLLM_LMINF_N_GLOBAL=digits, VLLM_LMINF_N_LOCAL="0")
+        assert len(refusal.value.problems) == 2
+        assert len(str(refusal.value)) < 2000
+
+    def test_largest_values(self) -> None:
+        most = 2**31 - 1
+        section = {"n_global": most, "n_local": most, "distance_limit": most}
+        assert read(section).pattern(None) == LambdaPattern(most, most, most)
 
     @pytest.mark.parametrize("value", ["CPU", "cuda", "", None, 1, ["cpu"]], ids=repr)
     def test_kernels_that_there_are_not(self, value: object) -> None:

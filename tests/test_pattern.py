@@ -74,7 +74,15 @@ def test_distance_is_true_up_to_the_limit_and_the_limit_beyond() -> None:
 
 @pytest.mark.parametrize(
     ("n_global", "n_local", "distance_limit", "named"),
-    [(-1, 4, 4, "n_global"), (0, 0, 4, "n_local"), (0, -3, 4, "n_local"), (2, 4, 3, "below")],
+    [
+        (-1, 4, 4, "n_global"),
+        (0, 0, 4, "n_local"),
+        (0, -3, 4, "n_local"),
+        (2, 4, 3, "below"),
+        (2**31, 4, 4, "n_global"),
+        (2, 4, 2**31, "distance_limit"),
+        (2, 10**400, 10**400, "n_local is beyond 2147483647"),
+    ],
 )
 def test_impossible_patterns_are_refused(
     n_global: int, n_local: int, distance_limit: int, named: str

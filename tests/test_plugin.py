@@ -19,18 +19,19 @@ import torch
 import vllm.envs
 import vllm.plugins
 import vllm.version
+from vllm.config import AttentionConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutputs, core
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_lminf import compat, plugin
+from vllm_lminf import compat, hosts, plugin
 from vllm_lminf.config import BACKEND_NAME
 from vllm_lminf.metrics import BLOCKS_PINNED
 
@@ -39,6 +40,7 @@ WRAPPED = [
     (CpuPlatform, "get_attn_backend_cls"),
     (Scheduler, "make_stats"),
     (StatLoggerManager, "__init__"),
+    (core, "get_kv_cache_configs"),
 ]
 
 
@@ -53,6 +55,7 @@ def clean() -> Iterator[None]:
     compat.uninstall()
     yield
     compat.uninstall()
+    hosts.uninstall()
     plugin.register()
 
 
@@ -122,17 +125,17 @@ class TestVersions:
     @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.33.0", "0.33.0rc2", "0.33.1.dev7"])
     def test_supported(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(vllm.version, "__version__", version)
-        assert compat.unsupported_environment() == []
+        assert hosts.unsupported_environment() == []
 
     @pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "0.34.0rc1", "1.0.0", "dev"])
     def test_unsupported(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(vllm.version, "__version__", version)
-        (reason,) = compat.unsupported_environment()
+        (reason,) = hosts.unsupported_environment()
         assert version in reason
 
     def test_unsupported_platform(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(current_platform, "device_type", "tpu")
-        (reason,) = compat.unsupported_environment()
+        (reason,) = hosts.unsupported_environment()
         assert "'tpu'" in reason
 
     def test_is_left_alone_unless_selected(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +145,49 @@ class TestVersions:
         plugin.register()
         assert all(now is before for now, before in zip(functions(), originals, strict=True))
 
-    @pytest.mark.parametrize("name", ["LMINF", "lminf"])
+    @pytest.mark.parametrize("name", ["LMINF", "lminf", "LM_INF", "lm-inf "])
+    def test_selected_by_an_option_it_says_every_reason(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where vLLM alone would say that there is no such backend."""
+        monkeypatch.setattr(vllm.version, "__version__", "0.99.0")
+        monkeypatch.setattr(current_platform, "device_type", "tpu")
+        monkeypatch.delenv("VLLM_ATTENTION_BACKEND", raising=False)
+        plugin.register()
+        plugin.register()
+        reasons = r"LMINF is not available: .*0\.99\.0 is installed.*'tpu'"
+        with pytest.raises(ValueError, match=reasons):
+            AttentionConfig(backend=name)
+        with pytest.raises(ValueError, match=reasons):
+            AttentionBackendEnum[name]
+        assert AttentionConfig(backend="CPU_ATTN").backend is AttentionBackendEnum.CPU_ATTN
+        with pytest.raises(ValueError, match="Unknown attention backend: 'NONE'"):
+            AttentionBackendEnum["NONE"]
+        hosts.uninstall()
+        assert AttentionBackendEnum[BACKEND_NAME] is compat.backend_member()
+
+    def test_unknown_vllm_in_which_names_are_gone(self) -> None:
+        """The plugin imports none of them before it knows the version; the reason is a warning."""
+        printed = run_python(
+            "import logging, sys, vllm.version, vllm.logger\n"
+            "from vllm.platforms import current_platform\n"
+            "current_platform.device_type\n"
+            "vllm.version.__version__ = '0.99.0'\n"
+            "gone = ('vllm.engine.arg_utils', 'vllm.v1.attention.backends.registry')\n"
+            "sys.modules.update(dict.fromkeys(gone))\n"
+            "logging.Logger.log = lambda self, level, text: print(level, text)\n"
+            "from vllm_lminf.plugin import register\n"
+            "register()"
+        )
+        assert "30 LMINF is not available: vLLM 0.99.0 is installed" in printed
+
+    def test_a_near_miss_asks_and_says_every_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vllm.version, "__version__", "0.99.0")
+        monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "LMNIF")
+        with pytest.raises(RuntimeError, match=r"was LMINF meant\? .*0\.99\.0 is installed"):
+            plugin.register()
+
+    @pytest.mark.parametrize("name", ["LMINF", "lminf", "LM_INF"])
     def test_selected_it_says_every_reason(
         self, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -205,6 +250,13 @@ FUNCTIONS = {
     ),
     "vllm.v1.core.sched.scheduler:Scheduler.make_stats": "self",
     "vllm.v1.metrics.loggers:StatLoggerManager.__init__": "self vllm_config engine_idxs",
+    "vllm.v1.engine.core:get_kv_cache_configs": "vllm_config kv_cache_specs available_memory",
+    "vllm.transformers_utils.config:get_config": (
+        "model trust_remote_code revision code_revision config_format"
+    ),
+    "vllm.transformers_utils.config:get_hf_text_config": "config",
+    "vllm.transformers_utils.config:iter_rope_parameters": "config",
+    "vllm.config:ModelConfig.get_model_arch_config": "self",
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_path": "self",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class": "self",
@@ -275,13 +327,19 @@ BASES = {
 # Fields that are read or set.
 FIELDS = {
     "vllm.v1.metrics.stats:SchedulerStats": "num_kv_fetch_reqs_by_stage",
-    "vllm.engine.arg_utils:EngineArgs": "attention_backend attention_config additional_config",
+    "vllm.engine.arg_utils:EngineArgs": (
+        "attention_backend attention_config additional_config hf_overrides "
+        "model_loader_extra_config"
+    ),
     "vllm.config:VllmConfig": (
         "model_config cache_config parallel_config speculative_config kv_transfer_config "
         "additional_config"
     ),
     "vllm.config.attention:AttentionConfig": "backend backend_per_kind",
-    "vllm.config:ModelConfig": "max_model_len runner dtype",
+    "vllm.config:ModelConfig": (
+        "max_model_len runner dtype hf_overrides hf_config_path model revision code_revision "
+        "config_format trust_remote_code hf_token disable_sliding_window"
+    ),
     "vllm.config:CacheConfig": "cache_dtype block_size",
     "vllm.config:ParallelConfig": (
         "decode_context_parallel_size prefill_context_parallel_size"

@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as lla
 from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 
 from tests.kernels.batches import TABLE_ERROR, make_rotary, turn
-from vllm_lminf.rope import MAX_POSITION, RotarySpec, RotationTables, rotate
+from vllm_lminf.pattern import MAX_POSITION
+from vllm_lminf.rope import RotarySpec, RotationTables, rotate
 
 TWO_PI = Fraction(Decimal("6.2831853071795864769252867665590057683943387987502116419498892"))
 

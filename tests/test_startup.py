@@ -25,11 +25,17 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from vllm_lminf import compat
-from vllm_lminf.config import BACKEND_VARIABLE, VARIABLE_PREFIX, SettingsError
+from vllm_lminf import compat, startup
+from vllm_lminf.config import (
+    BACKEND_VARIABLE,
+    VARIABLE_PREFIX,
+    SettingsError,
+    is_backend_name,
+    is_near_miss,
+)
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import register
-from vllm_lminf.startup import UnsupportedError, check, pattern_of
+from vllm_lminf.startup import UnsupportedError, _select, check, pattern_of
 
 MILLION = 1_000_000
 
@@ -83,7 +89,7 @@ def backend_of(config: VllmConfig) -> str | None:
 
 
 class TestSelection:
-    @pytest.mark.parametrize("name", ["LMINF", "lminf"])
+    @pytest.mark.parametrize("name", ["LMINF", "lminf", "LMINF ", "LM_INF", "lm-inf"])
     def test_variable(self, name: str, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(BACKEND_VARIABLE, name)
         assert backend_of(build()) == "LMINF"
@@ -93,6 +99,7 @@ class TestSelection:
         [
             {"attention_backend": "LMINF"},
             {"attention_backend": "lminf"},
+            {"attention_backend": "LM-Inf"},
             {"attention_config": {"backend": "LMINF"}},
         ],
         ids=str,
@@ -108,6 +115,7 @@ class TestSelection:
         [
             ("--attention-backend", "LMINF"),
             ("--attention-backend", "lminf"),
+            ("--attention-backend", "LM_INF "),
             ("--attention-config", '{"backend": "LMINF"}'),
             ("--attention-config.backend", "LMINF"),
         ],
@@ -154,6 +162,25 @@ class TestSelection:
         assert f"{BACKEND_VARIABLE} is LMINF" in reason
         assert "CPU_ATTN" in reason or "FLASH_ATTN" in reason
 
+    @pytest.mark.parametrize("name", ["LMNIF", "LM-Infinite", '"LMINF"'])
+    def test_near_misses_are_asked_about(
+        self, name: str, build: Build, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Before vLLM advises anything for lengths that LMINF serves."""
+        with pytest.raises(UnsupportedError, match=r"--attention-backend is .*was LMINF meant"):
+            build(attention_backend=name, max_model_len=MILLION)
+        monkeypatch.setenv(BACKEND_VARIABLE, name)
+        with pytest.raises(UnsupportedError, match=f"{BACKEND_VARIABLE} is .*was LMINF meant"):
+            build(max_model_len=MILLION)
+
+    @pytest.mark.parametrize("name", sorted(AttentionBackendEnum.__members__))
+    def test_names_of_vllm_are_its_own_affair(
+        self, name: str, build: Build, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert is_backend_name(name) or not is_near_miss(name)
+        monkeypatch.setenv(BACKEND_VARIABLE, name)
+        assert _select(EngineArgs(build.model)) == is_backend_name(name)
+
     def test_for_some_layers_only(self, build: Build) -> None:
         with pytest.raises(UnsupportedError, match="backend_per_kind"):
             build(attention_config={"backend_per_kind": {"full_attention": "LMINF"}})
@@ -198,8 +225,16 @@ class TestNotSelected:
     def test_its_own_settings_are_not_looked_at(
         self, build: Build, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """But their owner is told."""
+        told: list[str] = []
+        monkeypatch.setattr(startup.logger, "warning_once", lambda text, *a: told.append(text % a))
+        assert backend_of(build()) is None
+        assert told == []
         monkeypatch.setenv("VLLM_LMINF_N_LOCAL", "many")
         assert backend_of(build(additional_config={"lminf": {"windows": 3}})) is None
+        (sentence,) = told
+        assert sentence.startswith('VLLM_LMINF_N_LOCAL, "lminf" in --additional-config: set, and')
+        assert "VLLM_ATTENTION_BACKEND=LMINF" in sentence
 
     @pytest.mark.parametrize("selected", [None, "CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"])
     def test_cpu_platform_chooses_as_ever(self, selected: str | None) -> None:
@@ -320,6 +355,15 @@ class TestBadSettings:
     def test_no_section_but_something_else(self, build: Build) -> None:
         with pytest.raises(SettingsError, match="must be an object"):
             build.selected(additional_config={"lminf": 4096})
+
+    def test_out_of_place(self, build: Build) -> None:
+        with pytest.raises(SettingsError) as refusal:
+            build.selected(
+                additional_config={"LMINF": {}, "n_local": 3},
+                hf_overrides={"lminf": {"n_global": 10**19}},
+            )
+        assert len(refusal.value.problems) == 3
+        assert '"lminf" in --hf-overrides is not read' in str(refusal.value)
 
     def test_limit_below_the_trained_length(self, build: Build) -> None:
         """Known once the model is: its 8192 tokens are the window."""

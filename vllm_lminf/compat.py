@@ -1,10 +1,11 @@
 """Every difference between vLLM versions, and every place where vLLM offers no registry.
 
-Registries are used where they exist. Four functions of vLLM are wrapped, because nothing else
+Registries are used where they exist. Five functions of vLLM are wrapped, because nothing else
 serves; each wrapper below says why, is installed once however often it is asked for, does nothing
 unless LMINF is selected, and is taken off again by `uninstall`.
 """
 
+import copy
 import copyreg
 import functools
 import os
@@ -13,9 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import huggingface_hub
 import torch
 import vllm.envs
-from packaging.version import InvalidVersion, Version
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -23,41 +24,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm_lminf import speculation
 from vllm_lminf.config import BACKEND_NAME
 
-OLDEST_VLLM = Version("0.32")
-FIRST_UNKNOWN_VLLM = Version("0.34")
-PLATFORMS = ("cpu", "cuda")
-
 _BACKEND_PATH = "vllm_lminf.attention.backend.LambdaAttentionBackend"
 
 Finish = Callable[[VllmConfig], None]
-_originals: dict[tuple[type, str], Any] = {}
-
-
-def unsupported_environment() -> list[str]:
-    """Why this vLLM can't host the plugin; empty when it can."""
-    from vllm.platforms import current_platform
-    from vllm.version import __version__
-
-    reasons = []
-    if not _is_known(__version__):
-        reasons.append(
-            f"vLLM {__version__} is installed; this plugin knows {OLDEST_VLLM} up to, not "
-            f"including, {FIRST_UNKNOWN_VLLM}: install one of these, or a newer vllm-lminf"
-        )
-    if current_platform.device_type not in PLATFORMS:
-        reasons.append(
-            f"vLLM's platform here is {current_platform.device_type!r}; this plugin serves "
-            f"{' and '.join(PLATFORMS)}"
-        )
-    return reasons
-
-
-def _is_known(version: str) -> bool:
-    """A source tree without a build calls itself "dev", which is no version and so not known."""
-    try:
-        return OLDEST_VLLM <= Version(Version(version).base_version) < FIRST_UNKNOWN_VLLM
-    except InvalidVersion:
-        return False
+_originals: dict[tuple[Any, str], Any] = {}
 
 
 def install(prepare: Callable[[EngineArgs], Finish | None]) -> None:
@@ -75,6 +45,7 @@ def install(prepare: Callable[[EngineArgs], Finish | None]) -> None:
     _wrap_cpu_platform()
     _wrap_scheduler()
     _wrap_stat_loggers()
+    _wrap_pool_planning()
 
 
 def uninstall() -> None:
@@ -231,7 +202,38 @@ def _wrap_stat_loggers() -> None:
     _wrap(StatLoggerManager, "__init__", make)
 
 
-def _wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+def _wrap_pool_planning() -> None:
+    """`get_kv_cache_configs`, as the engine's process calls it: where the memory is too small for
+    one request, it advises a smaller max_model_len, which doesn't matter here."""
+    from vllm.v1.engine import core
+
+    from vllm_lminf.kv_cache.advice import advice
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def get_kv_cache_configs(
+            vllm_config: VllmConfig,
+            kv_cache_specs: Any,
+            available_memory: list[int],
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            try:
+                return original(vllm_config, kv_cache_specs, available_memory, *args, **kwargs)
+            except ValueError as error:
+                selected = vllm_config.attention_config.backend is backend_member()
+                if not selected or "memory" not in str(error):
+                    raise
+                raise ValueError(
+                    f"{error}\n{advice(vllm_config, kv_cache_specs, available_memory)}"
+                ) from error
+
+        return get_kv_cache_configs
+
+    _wrap(core, "get_kv_cache_configs", make)
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     if (owner, name) not in _originals:
         original = owner.__dict__[name]
         _originals[owner, name] = original
@@ -319,21 +321,30 @@ def flash_attention(head_size: int) -> Callable[..., Any]:
 
 
 def trained_length(model_config: ModelConfig) -> int | None:
-    """Tokens of context that the checkpoint was trained for; None if its configuration is silent.
+    """Tokens of context that the checkpoint was trained for, as this configuration has it; None if
+    it is silent. `vllm_lminf.trained` looks behind it.
 
     It is the max_model_len that vLLM derives where the user gives none, without looking at the
     tokenizer, whose limit is no property of the weights. Dynamic NTK is the exception: it changes
     the rotation past the trained length, which vLLM counts in and LMINF never does.
     """
+    return trained_lengths(model_config)[0]
+
+
+def trained_lengths(model_config: ModelConfig) -> tuple[int | None, int | None]:
+    """The same, and the longest that the rotation was made for, which differs for LongRoPE alone:
+    its long factors serve beyond the original length."""
     from vllm.config.model import _get_and_verify_max_len
+    from vllm.transformers_utils.config import iter_rope_parameters
 
     length, _ = model_config.model_arch_config.derived_max_model_len_and_key
     if length == float("inf"):
-        return None
+        return None, None
     rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "dynamic":
-        return int(rope.get("max_trained_positions", length))
-    return _get_and_verify_max_len(
+        trained = int(rope.get("max_trained_positions", length))
+        return trained, trained
+    derived = _get_and_verify_max_len(
         hf_config=model_config.hf_text_config,
         model_arch_config=model_config.model_arch_config,
         tokenizer_config=None,
@@ -341,3 +352,47 @@ def trained_length(model_config: ModelConfig) -> int | None:
         disable_sliding_window=False,
         sliding_window=None,
     )
+    kinds = {each["rope_type"] for each in iter_rope_parameters(model_config.hf_text_config)}
+    return derived, max(derived, int(length)) if "longrope" in kinds else derived
+
+
+def as_the_checkpoint_says(model_config: ModelConfig) -> ModelConfig:
+    """The same model, its configuration read again, without what options change of it. Good for
+    questions about lengths, windows and rotation."""
+    from vllm.transformers_utils.config import get_config, get_hf_text_config
+
+    own = copy.copy(model_config)
+    own.hf_config = get_config(
+        model_config.hf_config_path or model_config.model,
+        model_config.trust_remote_code,
+        model_config._hf_config_revision or model_config.revision,
+        model_config.code_revision,
+        model_config.config_format,
+        token=model_config.hf_token,
+    )
+    own.hf_text_config = get_hf_text_config(own.hf_config)
+    own.model_arch_config = own.get_model_arch_config()
+    return own
+
+
+def raw_config(model_config: ModelConfig) -> dict[str, Any] | None:
+    """What stands in the checkpoint's config.json; None where it has none."""
+    from transformers import PretrainedConfig
+
+    try:
+        said, _ = PretrainedConfig.get_config_dict(
+            model_config.hf_config_path or model_config.model,
+            revision=model_config._hf_config_revision or model_config.revision,
+            token=model_config.hf_token,
+            local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE,
+        )
+    except OSError:
+        return None
+    return dict(said)
+
+
+def rotation(model_config: ModelConfig) -> list[dict[str, Any]]:
+    """The parameters of the model's RoPE, for comparison."""
+    from vllm.transformers_utils.config import iter_rope_parameters
+
+    return list(iter_rope_parameters(model_config.hf_text_config))

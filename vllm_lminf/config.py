@@ -1,14 +1,17 @@
 """The settings: where each comes from, what it defaults to, what is refused and why. No vLLM here.
 
 A setting is taken from ``--additional-config '{"lminf": {...}}'`` first, then from its environment
-variable, then from its default.
+variable, then from its default. What looks like a setting and stands where nothing reads it is
+refused: the engine would run without it, and nobody would know.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
-from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.pattern import MAX_POSITION, LambdaPattern, shown
 
 BACKEND_NAME = "LMINF"
 BACKEND_VARIABLE = "VLLM_ATTENTION_BACKEND"
@@ -24,12 +27,14 @@ can run, see `vllm_lminf.kernels.choice`."""
 
 _NAMES = ("n_global", "n_local", "distance_limit", "kernel")
 _ALLOWED = {
-    "n_global": "a whole number of tokens, 0 or more",
-    "n_local": "a whole number of tokens, 1 or more",
-    "distance_limit": "a whole number of tokens, n_local or more",
+    "n_global": f"a whole number of tokens, 0 to {MAX_POSITION}",
+    "n_local": f"a whole number of tokens, 1 to {MAX_POSITION}",
+    "distance_limit": f"a whole number of tokens, n_local to {MAX_POSITION}",
     "kernel": "one of " + ", ".join(KERNELS),
 }
 _MINIMUM = {"n_global": 0, "n_local": 1, "distance_limit": 1}
+_VARIABLES = {name: VARIABLE_PREFIX + name.upper() for name in _NAMES}
+_PLACE = f'--additional-config \'{{"{SECTION}": {{"n_global": 10, "n_local": 4096}}}}\''
 
 
 class SettingsError(ValueError):
@@ -41,10 +46,52 @@ class SettingsError(ValueError):
         allowed = "\n".join(f"    {name}: {what}" for name, what in _ALLOWED.items())
         super().__init__(
             f"{BACKEND_NAME} can't start with these settings:\n{lines}\n"
-            f'  Set them with --additional-config \'{{"{SECTION}": {{"n_global": 10, '
-            f'"n_local": 4096}}}}\' or with {VARIABLE_PREFIX}N_GLOBAL, {VARIABLE_PREFIX}N_LOCAL, '
-            f"{VARIABLE_PREFIX}DISTANCE_LIMIT, {VARIABLE_PREFIX}KERNEL:\n{allowed}"
+            f"  Set them with {_PLACE} or with {', '.join(_VARIABLES.values())}:\n{allowed}"
         )
+
+
+def canonical(name: str) -> str:
+    """A name as people mean it: without case, blanks, hyphens and underscores."""
+    return re.sub(r"[\s_-]+", "", name).upper()
+
+
+def is_backend_name(name: str) -> bool:
+    """Whether this is what LMINF is called, however it is spelt."""
+    return canonical(name) == BACKEND_NAME
+
+
+def is_near_miss(name: str) -> bool:
+    """Whether somebody who wrote this as a backend's name may have meant LMINF. Not asked of names
+    that vLLM knows."""
+    plain = canonical(name)
+    if BACKEND_NAME in plain or "INFINIT" in plain:
+        return plain != BACKEND_NAME
+    return 0.65 <= SequenceMatcher(None, BACKEND_NAME, plain).ratio() < 1
+
+
+def question_of_variables(environ: Mapping[str, str], known: Iterable[str] = ()) -> str | None:
+    """What to ask where a variable looks as if it should select LMINF, and doesn't; or None.
+
+    Args:
+        environ: the process's environment.
+        known: names of vLLM's own backends, which it is for vLLM to judge.
+    """
+    value = environ.get(BACKEND_VARIABLE, "")
+    if value.upper() not in known and is_near_miss(value):
+        return f"{BACKEND_VARIABLE} is {shown(value)}: was {BACKEND_NAME} meant?"
+    for name in sorted(environ):
+        looks_like_it = re.fullmatch("VLLM.*(ATT|BACKEND).*|ATT(ENTIO)?NBACKENDS?", canonical(name))
+        if looks_like_it and name != BACKEND_VARIABLE and is_backend_name(environ[name]):
+            return f"{name} is {environ[name]!r} and isn't read: was {BACKEND_VARIABLE} meant?"
+    return None
+
+
+def given_settings(additional_config: object, environ: Mapping[str, str]) -> list[str]:
+    """Where settings of this plugin are given, right or wrong."""
+    places = [name for name in sorted(environ) if _is_own_variable(name)]
+    if isinstance(additional_config, Mapping) and SECTION in additional_config:
+        places.append(f'"{SECTION}" in --additional-config')
+    return places
 
 
 @dataclass(frozen=True)
@@ -57,21 +104,26 @@ class Settings:
     kernel: str = "auto"
 
     @classmethod
-    def read(cls, additional_config: object, environ: Mapping[str, str]) -> "Settings":
+    def read(
+        cls,
+        additional_config: object,
+        environ: Mapping[str, str],
+        elsewhere: Mapping[str, object] | None = None,
+    ) -> "Settings":
         """Reads the settings, before anything is known of the model.
 
         Args:
             additional_config: vLLM's additional_config; its entry "lminf" is read.
             environ: the process's environment.
+            elsewhere: other options that hold objects, by name: settings don't belong there.
 
         Raises:
-            SettingsError: a key or variable is unknown, or a value is not allowed.
+            SettingsError: a key or variable is unknown or out of place, or a value is not allowed.
         """
         problems: list[str] = []
         section = _section(additional_config, problems)
         values: dict[str, Any] = {}
-        for name in _NAMES:
-            variable = VARIABLE_PREFIX + name.upper()
+        for name, variable in _VARIABLES.items():
             if name in section:
                 value = _check(f'"{name}" in {SECTION}', name, section[name], problems)
             elif variable in environ:
@@ -81,15 +133,14 @@ class Settings:
             if value is not None:
                 values[name] = value
         problems += [
-            f'"{key}" in {SECTION} is not a setting; there are: {", ".join(_NAMES)}'
+            f'"{key}" in {SECTION} is not a setting{_hint(str(key))}; there are: '
+            f"{', '.join(_NAMES)}"
             for key in section
             if key not in _NAMES
         ]
-        known = {VARIABLE_PREFIX + name.upper() for name in _NAMES}
-        for variable in sorted(environ):
-            if variable.startswith(VARIABLE_PREFIX) and variable not in known:
-                names = ", ".join(sorted(known))
-                problems.append(f"{variable} is not a variable of this plugin; there are: {names}")
+        problems += _unread_variables(environ)
+        for option, tree in (elsewhere or {}).items():
+            problems += _misplaced(tree, option)
         settings = cls(**values)
         if settings.n_local is not None:
             try:
@@ -126,19 +177,79 @@ class Settings:
 
 
 def _section(additional_config: object, problems: list[str]) -> Mapping[str, Any]:
+    if isinstance(additional_config, (str, bytes, int, float, list, tuple)):
+        problems.append(
+            f"additional_config is {shown(additional_config)}: it must be an object, as in {_PLACE}"
+        )
     if not isinstance(additional_config, Mapping):
         return {}
+    others = {key: value for key, value in additional_config.items() if key != SECTION}
+    problems += _misplaced(others, "--additional-config")
     section = additional_config.get(SECTION, {})
     if not isinstance(section, Mapping):
         problems.append(
-            f'"{SECTION}" in additional_config is {section!r}: it must be an object of settings'
+            f'"{SECTION}" in additional_config is {shown(section)}: it must be an object of '
+            "settings"
         )
         return {}
     return section
 
 
+def _misplaced(tree: object, where: str, is_top: bool = True) -> Iterator[str]:
+    """What is named like our section, at any depth, or at the top like a setting of ours, in an
+    object that has no place for it. Below the top, names are those of whoever reads them."""
+    if not isinstance(tree, Mapping):
+        return
+    names = {canonical(name): name for name in _NAMES}
+    for key, value in tree.items():
+        plain, here = canonical(str(key)), f'"{key}" in {where}'
+        if plain in (BACKEND_NAME, f"VLLM{BACKEND_NAME}"):
+            yield f'{here} is not read: settings belong in "{SECTION}", as in {_PLACE}'
+        elif is_top and plain in names and (names[plain] != "kernel" or value in KERNELS):
+            yield f'{here} is not read: "{names[plain]}" belongs in "{SECTION}", as in {_PLACE}'
+        else:
+            yield from _misplaced(value, here, is_top=False)
+
+
+def _unread_variables(environ: Mapping[str, str]) -> Iterator[str]:
+    """Problems with variables that look like ours, or like nobody else's."""
+    names = ", ".join(sorted(_VARIABLES.values()))
+    for variable in sorted(environ):
+        if variable in _VARIABLES.values():
+            continue
+        plain = canonical(variable)
+        rest = plain.removeprefix("VLLM").removeprefix(BACKEND_NAME)
+        meant = _nearest_setting(rest)
+        hint = "" if meant is None else f" (is {_VARIABLES[meant]} meant?)"
+        is_named_after_us = plain.removeprefix("VLLM").startswith(BACKEND_NAME)
+        if _is_own_variable(variable) or (is_named_after_us and meant is not None):
+            yield f"{variable} is not a variable of this plugin{hint}; there are: {names}"
+        elif plain.startswith("VLLM") and rest in ("NGLOBAL", "NLOCAL", "DISTANCELIMIT"):
+            yield f"{variable} is not read by anything{hint}; there are: {names}"
+
+
+def _is_own_variable(name: str) -> bool:
+    """Whether a variable is of this plugin's, by its prefix. In a cluster that has a service called
+    vllm-lminf, Kubernetes sets some with that prefix in every container."""
+    address = r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
+    rest = name.removeprefix(VARIABLE_PREFIX)
+    return name.startswith(VARIABLE_PREFIX) and re.fullmatch(address, rest) is None
+
+
+def _nearest_setting(name: str) -> str | None:
+    plain = {canonical(setting): setting for setting in _NAMES}
+    found = get_close_matches(canonical(name), plain, n=1, cutoff=0.7)
+    return plain[found[0]] if found else None
+
+
+def _hint(name: str) -> str:
+    meant = _nearest_setting(name)
+    return "" if meant is None else f' (is "{meant}" meant?)'
+
+
 def _parse(text: str) -> int | str:
     """An environment variable's value; left as text where it is no whole number."""
+    text = text.strip()
     try:
         return int(text)
     except ValueError:
@@ -149,8 +260,8 @@ def _check(source: str, name: str, value: object, problems: list[str]) -> int | 
     if name == "kernel":
         allowed = value in KERNELS
     else:
-        allowed = type(value) is int and value >= _MINIMUM[name]
+        allowed = type(value) is int and _MINIMUM[name] <= value <= MAX_POSITION
     if not allowed:
-        problems.append(f"{source} is {value!r}: it must be {_ALLOWED[name]}")
+        problems.append(f"{source} is {shown(value)}: it must be {_ALLOWED[name]}")
         return None
     return value  # type: ignore[return-value]

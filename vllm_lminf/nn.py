@@ -7,13 +7,14 @@ q, k and v are kept: the backward computes every tile's scores again.
 
 import functools
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.pattern import MAX_POSITION, LambdaPattern, shown
 from vllm_lminf.rope import RotationTables, rotate
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -137,12 +138,15 @@ class LMInfinite(torch.nn.Module):
 
 
 def _is_whole(value: object, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return minimum <= value <= MAX_POSITION
 
 
 def _whole_problems(values: dict[str, int], minimum: int) -> list[str]:
     return [
-        f"{name} is {value!r}: it must be a whole number, {minimum} or more"
+        f"{name} is {shown(value)}: it must be a whole number, {minimum} or more, and "
+        f"{MAX_POSITION} at most"
         for name, value in values.items()
         if not _is_whole(value, minimum)
     ]
@@ -182,9 +186,9 @@ def _lengths_problems(
 
 def _factor_problems(name: str, value: float) -> list[str]:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and value > 0:
+    if is_number and 0 < value <= sys.float_info.max:
         return []
-    return [f"{name} is {value!r}: it must be a finite number above 0"]
+    return [f"{name} is {shown(value)}: it must be a finite number above 0"]
 
 
 def _tensor_problems(tensors: dict[str, torch.Tensor], d_model: int) -> list[str]:

@@ -11,6 +11,18 @@ The window holds ``n_local`` keys, the query's own included.
 
 from dataclasses import dataclass
 
+MAX_POSITION = 2**31 - 1
+"""Largest position that there is: rotations are exact up to it, and kernels count in int32."""
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python doesn't write integers of some thousand digits.
+        return f"too large to be shown ({type(value).__name__})"
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+
 
 def cdiv(a: int, b: int) -> int:
     """``a / b`` rounded up, for integers."""
@@ -19,7 +31,8 @@ def cdiv(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class LambdaPattern:
-    """One Λ: a global prefix, a local window, a limit on scored distances. All in tokens.
+    """One Λ: a global prefix, a local window, a limit on scored distances. All in tokens, and none
+    above `MAX_POSITION`.
 
     Attributes:
         n_global: how many of the first tokens every token sees; 0 is a plain sliding window.
@@ -32,10 +45,12 @@ class LambdaPattern:
     distance_limit: int
 
     def __post_init__(self) -> None:
-        if self.n_global < 0:
-            raise ValueError(f"n_global is {self.n_global}: it must be 0 or more")
-        if self.n_local < 1:
-            raise ValueError(f"n_local is {self.n_local}: it must be 1 or more")
+        for name, minimum in (("n_global", 0), ("n_local", 1), ("distance_limit", 1)):
+            value = getattr(self, name)
+            if value < minimum:
+                raise ValueError(f"{name} is {value}: it must be {minimum} or more")
+            if value > MAX_POSITION:
+                raise ValueError(f"{name} is beyond {MAX_POSITION}, the largest position")
         if self.distance_limit < self.n_local:
             raise ValueError(
                 f"distance_limit is {self.distance_limit}, below n_local, which is "

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-MAX_POSITION = 2**31 - 1
-"""Largest position that the tables reach."""
-
 _LOW_BITS = 10
 _HIGH_BITS = 11
 
@@ -63,7 +60,7 @@ class RotationTables(torch.nn.Module):
         angles = digits.to(torch.float64)[:, None] * inv_freq
         tables = torch.stack((angles.cos(), angles.sin()), -1).to(device or "cpu", torch.float32)
         self.register_buffer("tables", tables, persistent=False)
-        self._leading: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._leading: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines at ``positions``.
@@ -80,10 +77,13 @@ class RotationTables(torch.nn.Module):
         return angles[0], angles[1]
 
     def leading(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same at the positions 0 to ``count - 1``, computed once."""
-        if count not in self._leading:
-            self._leading[count] = self(torch.arange(count, device=self.tables.device))
-        return self._leading[count]
+        """The same at the positions 0 to ``count - 1``. What was computed is kept, and as it grows
+        with ``count``, doubles."""
+        if self._leading is None or len(self._leading[0]) < count:
+            size = 1 << (count - 1).bit_length() if count > 0 else 0
+            self._leading = self(torch.arange(size, device=self.tables.device))
+        cos, sin = self._leading
+        return cos[:count], sin[:count]
 
 
 def _look_up_angles(positions: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:

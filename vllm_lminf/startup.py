@@ -4,23 +4,30 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.logger import init_logger
 
-from vllm_lminf import compat, speculation
+from vllm_lminf import compat, speculation, trained
 from vllm_lminf.config import (
     BACKEND_NAME,
     BACKEND_VARIABLE,
     VARIABLE_PREFIX,
     Settings,
     SettingsError,
+    given_settings,
+    is_backend_name,
+    is_near_miss,
+    question_of_variables,
 )
 from vllm_lminf.kernels.interface import Heads, Situation
 from vllm_lminf.kernels.native import build
-from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.rope import MAX_POSITION
+from vllm_lminf.pattern import MAX_POSITION, LambdaPattern
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+
+
+logger = init_logger("vllm.lminf")
 
 
 class UnsupportedError(ValueError):
@@ -46,18 +53,33 @@ def prepare(args: "EngineArgs") -> compat.Finish | None:
         SettingsError: the settings can't be honoured, whatever the model.
     """
     if not _select(args):
+        if places := given_settings(args.additional_config, os.environ):
+            logger.warning_once(
+                "%s: set, and %s isn't selected, so nothing reads it. To select it: %s=%s",
+                ", ".join(places),
+                BACKEND_NAME,
+                BACKEND_VARIABLE,
+                BACKEND_NAME,
+            )
         return None
     compat.declare_variables(
         [name for name in os.environ if name.startswith(VARIABLE_PREFIX)]
         + [BACKEND_VARIABLE] * (BACKEND_VARIABLE in os.environ)
     )
-    Settings.read(args.additional_config, os.environ)
+    elsewhere = {
+        "--hf-overrides": args.hf_overrides,
+        "--model-loader-extra-config": args.model_loader_extra_config,
+    }
+    Settings.read(args.additional_config, os.environ, elsewhere)
     return check
 
 
 def _select(args: "EngineArgs") -> bool:
-    """Whether LMINF is selected; if by the variable alone, the arguments are made to say so."""
+    """Whether LMINF is selected; if so, the arguments are made to say it in vLLM's terms."""
     member = compat.backend_member()
+    known = type(member).__members__
+    if question := question_of_variables(os.environ, known):
+        raise UnsupportedError([question])
     chosen = args.attention_backend
     if chosen is None or str(chosen).lower() == "auto":
         chosen = args.attention_config.backend
@@ -69,7 +91,13 @@ def _select(args: "EngineArgs") -> bool:
             ]
         )
     name = chosen.name if isinstance(chosen, type(member)) else str(chosen).upper()
-    if os.environ.get(BACKEND_VARIABLE, "").upper() != BACKEND_NAME:
+    if is_backend_name(name):
+        name = BACKEND_NAME
+        if args.attention_backend is not None:
+            args.attention_backend = member
+    elif name not in known and is_near_miss(name):
+        raise UnsupportedError([f"--attention-backend is {chosen!r}: was {BACKEND_NAME} meant?"])
+    if not is_backend_name(os.environ.get(BACKEND_VARIABLE, "")):
         return name == BACKEND_NAME
     if chosen is None:
         args.attention_backend = member
@@ -86,7 +114,7 @@ def _select(args: "EngineArgs") -> bool:
 def pattern_of(config: "VllmConfig") -> LambdaPattern:
     """The Λ of an engine. The same in all its processes: they share arguments and environment."""
     settings = Settings.read(config.additional_config, os.environ)
-    return settings.pattern(compat.trained_length(speculation.target_of(config)))
+    return settings.pattern(trained.of(speculation.target_of(config)).length)
 
 
 def kernel_of(config: "VllmConfig") -> str:
@@ -116,14 +144,28 @@ def check(config: "VllmConfig") -> None:
         *_kernel_reasons(config),
     ]
     try:
-        pattern_of(config)
+        pattern = pattern_of(config)
     except SettingsError as error:
         if not reasons:
             raise
         reasons += error.problems
+    else:
+        reasons += _window_reasons(config, pattern)
     if reasons:
         raise UnsupportedError(reasons)
     speculation.join(config)
+
+
+def _window_reasons(config: "VllmConfig", pattern: LambdaPattern) -> list[str]:
+    window = trained.of(config.model_config).window
+    if not config.model_config.disable_sliding_window or window is None:
+        return []
+    if pattern.n_local <= window:
+        return []
+    return [
+        f"--disable-sliding-window, and n_local {pattern.n_local}: the model was trained with "
+        f"windows of {window} tokens; leave n_local out, or set it to {window} or less"
+    ]
 
 
 def _draft_model_reasons(config: "VllmConfig") -> list[str]:

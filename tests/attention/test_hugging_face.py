@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from vllm_lminf.attention.hugging_face import is_rotary, make_exact
-from vllm_lminf.rope import MAX_POSITION
+from vllm_lminf.pattern import MAX_POSITION
 from vllm_lminf.startup import UnsupportedError
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from tests.engine.conftest import Engine
 from tests.engine.families import make_config
 from vllm_lminf.attention.hugging_face import ExactPositionEmbeddings
 from vllm_lminf.attention.rotary import ExactRotaryEmbedding
-from vllm_lminf.rope import MAX_POSITION
+from vllm_lminf.pattern import MAX_POSITION
 
 pytestmark = pytest.mark.engine
 

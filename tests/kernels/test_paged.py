@@ -14,6 +14,7 @@ from vllm_lminf.kernels import reference
 from vllm_lminf.kernels.interface import ScoreRules
 from vllm_lminf.kernels.paged import (
     _eager_attention,
+    far_rotations,
     lambda_attention,
     split_cache,
     write_cache,
@@ -364,6 +365,16 @@ class TestFarRotations:
         cos, sin = tables(positions[~unturned] - 30)
         assert torch.equal(far.query_cos[~unturned], cos)
         assert torch.equal(far.query_sin[~unturned], -sin)
+
+    @pytest.mark.parametrize("n_global", [10**6, 2**31 - 1])
+    def test_costs_what_is_there(self, n_global: int) -> None:
+        """Global keys that no request has yet are not made rotations for."""
+        tables = RotationTables(10000.0 ** -(torch.arange(0, 8, 2) / 8))
+        pattern = LambdaPattern(n_global, 4, 6)
+        for last in (2, 3, 4, 40, 41):
+            far = far_rotations(tables, True, torch.tensor([0, last]), pattern)
+            assert len(far.key_cos) == len(far.key_sin) == max(0, last - 3)
+        assert sum(each.shape[0] for each in tables._leading or ()) <= 2 * 64
 
     def test_global_keys_are_turned_back_to_zero(self) -> None:
         batch = make_batch(Case("prefill", ((0, 60),), pattern=(3, 20, 30)))

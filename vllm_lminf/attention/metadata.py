@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_lminf import compat
+from vllm_lminf import trained
 from vllm_lminf.attention.patterns import cache_pattern
 from vllm_lminf.attention.rotary import Rotary
 from vllm_lminf.config import BACKEND_NAME
@@ -26,6 +26,7 @@ from vllm_lminf.kernels.interface import DeviceBatch
 from vllm_lminf.kernels.paged import FarRotations, far_rotations
 from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.speculation import target_of
 from vllm_lminf.startup import UnsupportedError, pattern_of
 
 logger = init_logger("vllm.lminf")
@@ -111,10 +112,15 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
         self.supports_draft_decode_metadata_update = (
             self.get_cudagraph_support(vllm_config, kv_cache_spec) is AttentionCGSupport.ALWAYS
         )
+        learnt = trained.of(target_of(vllm_config))
+        sentences = [*learnt.remarks]
         if None in windows:
             _log_what_is_active(kv_cache_spec, vllm_config, layers)
+            sentences += trained.distances_beyond(learnt, pattern_of(vllm_config))
         else:
             _warn_if_all_layers_have_windows(vllm_config)
+        for sentence in sentences:
+            logger.warning_once("%s", sentence)
 
     @classmethod
     def get_cudagraph_support(
@@ -210,7 +216,7 @@ def _log_what_is_active(spec: LambdaSpec, config: VllmConfig, layers: Iterable[A
         pattern.n_global,
         pattern.n_local,
         pattern.distance_limit,
-        compat.trained_length(model) or "unknown",
+        trained.of(target_of(config)).length or "unknown",
         model.max_model_len,
         spec.max_admission_blocks_per_request(config.max_in_flight_tokens, model.max_model_len),
         spec.block_size,

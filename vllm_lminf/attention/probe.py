@@ -20,7 +20,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_pp_group
 from vllm.forward_context import set_forward_context
 
-from vllm_lminf import compat
+from vllm_lminf import compat, trained
 from vllm_lminf.attention.rotary import Rotary
 from vllm_lminf.rope import rotate
 from vllm_lminf.startup import UnsupportedError
@@ -188,10 +188,12 @@ def _is_same(x: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
 def _check_scale(engine: VllmConfig, factor: float, position: int) -> None:
     """A factor on the queries passes through all that LMINF does with them, but it depends on the
     position itself: it is known at those that the model was trained on."""
-    trained = compat.trained_length(engine.model_config)
-    if factor == 1.0 or (trained is not None and engine.model_config.max_model_len <= trained):
+    if factor == 1.0:
         return
-    serves = "" if trained is None else f"; --max-model-len {trained} serves what it was trained on"
+    length = trained.of(engine.model_config).length
+    if length is not None and engine.model_config.max_model_len <= length:
+        return
+    serves = "" if length is None else f"; --max-model-len {length} serves what it was trained on"
     raise UnsupportedError(
         [
             f"its queries are multiplied by a factor that depends on the position "

@@ -142,13 +142,14 @@ class CpuBatch:
             distance_limit=pattern.distance_limit,
         )
         if far is not None and pattern.n_global > 0:
-            self._set_rotations(far, pattern.n_global)
+            self._set_rotations(far)
 
-    def _set_rotations(self, far: FarRotations, n_global: int) -> None:
-        key_stride = cdiv(n_global, _LANES) * _LANES
+    def _set_rotations(self, far: FarRotations) -> None:
+        num_global = len(far.key_cos)
+        key_stride = cdiv(num_global, _LANES) * _LANES
         query_cos, query_sin = far.query_cos.contiguous(), far.query_sin.contiguous()
         key_cos, key_sin = (
-            torch.nn.functional.pad(x.T, (0, key_stride - n_global)).contiguous()
+            torch.nn.functional.pad(x.T, (0, key_stride - num_global)).contiguous()
             for x in (far.key_cos, far.key_sin)
         )
         self._keep += [query_cos, query_sin, key_cos, key_sin]

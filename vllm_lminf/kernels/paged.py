@@ -30,8 +30,9 @@ class FarRotations:
         query_cos, query_sin: float32 [num_tokens, rotary_dim / 2]: turn a rotated query at
             position ``i >= limit`` back by ``i - limit``, that is to the angle of ``limit``.
             A nearer query, which has no pair beyond the limit, is left as it is.
-        key_cos, key_sin: float32 [n_global, rotary_dim / 2]: turn a rotated global key at ``j``
-            back by ``j``, that is to the angle of 0.
+        key_cos, key_sin: float32 [num_global, rotary_dim / 2]: turn a rotated global key at ``j``
+            back by ``j``, that is to the angle of 0. There are as many as lie behind the window of
+            some query, which n_global may exceed by far.
         is_neox_style: how rotated pairs are laid out.
     """
 
@@ -62,7 +63,8 @@ def far_rotations(
 ) -> FarRotations:
     """The rotations for queries at ``positions`` (integers [num_tokens]) under this Λ."""
     query_cos, query_sin = tables((positions - pattern.distance_limit).clamp(min=0))
-    key_cos, key_sin = tables.leading(pattern.n_global)
+    last = int(positions.max()) if len(positions) else 0
+    key_cos, key_sin = tables.leading(min(pattern.n_global, pattern.window_start(last)))
     return FarRotations(query_cos, -query_sin, key_cos, -key_sin, is_neox_style)
 
 

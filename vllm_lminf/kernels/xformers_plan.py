@@ -3,7 +3,7 @@
 It is put together once a step and serves all layers. Needs xformers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
 
@@ -13,8 +13,7 @@ from xformers.ops import fmha
 from xformers.ops.fmha import attn_bias
 
 from vllm_lminf.kernels.interface import DeviceBatch, PagedCache, Rotation
-from vllm_lminf.pattern import LambdaPattern, cdiv
-from vllm_lminf.rope import MAX_POSITION
+from vllm_lminf.pattern import MAX_POSITION, LambdaPattern, cdiv
 
 FEW_QUERIES = 8
 """Up to so many queries of a request are sequences of their own."""
@@ -213,7 +212,9 @@ class _Planner:
     ) -> None:
         self.batch = batch
         self.num_tokens = num_tokens
-        self.pattern = pattern
+        # No request has more tokens than its row of the block table has room for.
+        longest = batch.block_table.shape[1] * block_size
+        self.pattern = replace(pattern, n_global=min(pattern.n_global, longest))
         self.rotation = rotation
         self.block_size = block_size
         self.pages_per_block = pages_per_block
@@ -221,8 +222,9 @@ class _Planner:
         self.device = batch.block_table.device
         # What is further than this gets turned.
         self.limit = pattern.n_local if rotation is None else pattern.distance_limit
-        self.prefix_tile = 16 if pattern.n_global <= 16 else 32 if pattern.n_global <= 32 else 64
-        self.prefix_page = self.prefix_tile * cdiv(pattern.n_global, self.prefix_tile)
+        n_global = self.pattern.n_global
+        self.prefix_tile = 16 if n_global <= 16 else 32 if n_global <= 32 else 64
+        self.prefix_page = self.prefix_tile * cdiv(n_global, self.prefix_tile)
         row = torch.arange(num_tokens, dtype=torch.int32, device=self.device)
         ends = batch.query_start_loc[1:]
         request = torch.searchsorted(ends, row, right=True, out_int32=True)

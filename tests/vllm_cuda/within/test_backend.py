@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_lminf import compat
+from vllm_lminf import compat, hosts
 from vllm_lminf.attention.backend import LambdaAttentionBackend
 from vllm_lminf.plugin import register
 
@@ -132,7 +132,7 @@ class TestSelection:
         platform = rocm.RocmPlatform()
         monkeypatch.setattr(vllm.platforms, "_current_platform", platform)
         monkeypatch.setattr("vllm_lminf.attention.backend.current_platform", platform)
-        assert compat.unsupported_environment() == []
+        assert hosts.unsupported_environment() == []
         member = compat.backend_member()
         assert platform.get_device_capability() == DeviceCapability(9, 4)
         assert platform.get_attn_backend_cls(member, layer()) == member.get_path()

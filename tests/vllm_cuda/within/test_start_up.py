@@ -15,7 +15,7 @@ from vllm.platforms.interface import DeviceCapability, Platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_lminf import compat, startup
+from vllm_lminf import compat, hosts, startup
 from vllm_lminf.kernels.choice import choose
 from vllm_lminf.startup import UnsupportedError
 
@@ -54,7 +54,7 @@ class TestEnvironment:
         assert current_platform.device_type == "cuda"
 
     def test_the_plugin_is_at_home(self) -> None:
-        assert compat.unsupported_environment() == []
+        assert hosts.unsupported_environment() == []
         assert "LMINF" in AttentionBackendEnum.__members__
 
     def test_what_is_wrapped_is_there(self) -> None:
@@ -64,6 +64,7 @@ class TestEnvironment:
             "CpuPlatform.get_attn_backend_cls",
             "Scheduler.make_stats",
             "StatLoggerManager.__init__",
+            "vllm.v1.engine.core.get_kv_cache_configs",
         }
 
 
@@ -149,5 +150,5 @@ class TestKernel:
 def test_no_platform_but_those(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm.platforms, "_current_platform", Platform())
     monkeypatch.setattr(Platform, "device_type", "tpu", raising=False)
-    (reason,) = compat.unsupported_environment()
+    (reason,) = hosts.unsupported_environment()
     assert "'tpu'" in reason

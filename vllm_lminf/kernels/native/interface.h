@@ -22,7 +22,7 @@ struct LminfBatch {
   const float* query_sin;
   const float* key_cos;  // [rotary_half, key_stride], one column a global key
   const float* key_sin;
-  int64_t key_stride;  // n_global rounded up to 16
+  int64_t key_stride;  // the global keys behind any window, rounded up to 16
   int64_t rotary_half;
   int32_t is_neox_style;
 };
