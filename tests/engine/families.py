@@ -40,6 +40,7 @@ class Family:
         config_class: Hugging Face's configuration class, by name.
         settings: what that class is given.
         is_neox_style: how its rotated pairs lie.
+        backwards: whether it turns them the other way round.
         oracle_forward: for a model that doesn't use Hugging Face's attention interface: the
             attention module's class, and a function that makes the forward that replaces its own.
         own_attention: which of Hugging Face's implementations is the model as it was meant.
@@ -50,6 +51,7 @@ class Family:
     config_class: str
     settings: dict[str, Any] = field(default_factory=dict)
     is_neox_style: bool = True
+    backwards: bool = False
     oracle_forward: tuple[type[nn.Module], Callable[[Attend], Callable]] | None = None
     own_attention: str = "eager"
     as_in_vllm: Callable[[PreTrainedModel], None] = lambda model: None
@@ -512,6 +514,7 @@ FAMILIES = {
         "Dots1Config",
         {"head_dim": 16, "first_k_dense_replace": 1, **_ROUTED_EXPERTS, **_GQA, **_rope()},
     ),
+    "nanochat": Family("nanochat", "NanoChatConfig", _rope(), backwards=True),
     "solar-open": Family(
         "Solar Open",
         "SolarOpenConfig",
@@ -766,7 +769,7 @@ class OracleModel:
             longrope = ROPE_INIT_FUNCTIONS["longrope"]
             inv_freq, _ = longrope(config, seq_len=pattern.distance_limit)
         return RotarySpec(
-            inv_freq.double(),
+            -inv_freq.double() if self.family.backwards else inv_freq.double(),
             self.family.is_neox_style,
             getattr(rotary, f"{prefix}attention_scaling"),
         )

@@ -56,10 +56,15 @@ class ExactPositionEmbeddings(nn.Module):
             tables = RotationTables(spec.inv_freq, device)
             setattr(self, f"{layer_type}_tables", tables)
             setattr(self, f"{layer_type}_magnitude", spec.magnitude)
-            # Which dimensions make a pair is up to the layers; both are tried.
-            rotations += [
-                Rotary(replace(spec, is_neox_style=style), tables) for style in (True, False)
-            ]
+            # Which dimensions make a pair, and which way it is turned, is up to the layers.
+            backwards = replace(spec, inv_freq=-spec.inv_freq)
+            for way, its_tables in (
+                (spec, tables),
+                (backwards, RotationTables(backwards.inv_freq, device)),
+            ):
+                rotations += [
+                    Rotary(replace(way, is_neox_style=style), its_tables) for style in (True, False)
+                ]
         self.rotations = tuple(rotations)
 
     def forward(
