@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import huggingface_hub
+import torch
 import vllm.envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -317,6 +318,20 @@ def declare_variables(names: list[str]) -> None:
     do, and refuses to start over them where it is asked to be strict."""
     for name in names:
         vllm.envs.environment_variables.setdefault(name, lambda name=name: os.environ.get(name))
+
+
+def leave_adapters_out(model: torch.nn.Module, num_tokens: int) -> None:
+    """Tells a model's LoRA layers, if it has any, that the tokens of its next run use no adapter.
+
+    vLLM's runners do so before every run; a model that is run without them must not find what was
+    left by none.
+    """
+    manager = getattr(model, "lora_manager", None)
+    if manager is not None:
+        from vllm.lora.layers import LoRAMapping
+
+        none = (0,) * num_tokens
+        manager.set_adapter_mapping(LoRAMapping(none, none, is_prefill=True))
 
 
 def reasons_against_flash_attention() -> list[str]:

@@ -56,19 +56,27 @@ def build(config: VllmConfig, batch: CommonAttentionMetadata) -> LambdaMetadata:
     return LambdaMetadataBuilder(spec, ["layer"], config, CPU).build(0, batch)
 
 
-class Attention(nn.Module):
-    """Stands around an attention layer, as a model's module does."""
+class Model(nn.Module):
+    """A model of one layer that is given nothing but positions to see, with a weight to have a
+    device."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, impl: LambdaAttentionImpl) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(1))
+        self.weight = nn.Parameter(torch.randn(8, 8 * 64))
         rope = {"rope_theta": 1e4, "rope_type": "default"}
         self.rotary_emb = get_rope(64, 1024, True, rope, dtype=torch.float32)
-        self.attn = layer
+        self.attn = nn.Module()
+        self.attn.impl, self.attn.layer_name = impl, "layer"
 
-    def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Any:
+    def turn(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Any:
         """The rotated queries and keys."""
         return self.rotary_emb(positions, query, key)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        heads = self.weight.view(8, 8, 64)[: len(input_ids)]
+        query, key = self.turn(positions, heads[:, :4].clone(), heads[:, 4:6].clone())
+        output, cache = torch.empty(len(input_ids), 4, 64), torch.empty(0)
+        return self.attn.impl.forward(self.attn, query, key, heads[:, 6:], cache, None, output)
 
 
 class TestSpec:
@@ -214,10 +222,9 @@ class TestLayer:
         """As a model runs it: its own rotary module replaced, keys written, queries attended to,
         in blocks of a cache that holds NaN before, with rows of padding."""
         impl = make_impl()
-        layer = nn.Module()
-        layer.impl, layer.layer_name = impl, "layer"
-        parent = Attention(layer)
+        model = Model(impl)
         impl.process_weights_after_loading(torch.float32)
+        LambdaAttentionBackend.customize_spec(FULL)
 
         length = 700
         query = torch.randn(length, 4, 64)
@@ -228,12 +235,12 @@ class TestLayer:
             batch = describe([(start, end - start)], padding=2)
             metadata = build(config, batch)
             positions = torch.arange(start, end)
-            turned = parent(positions, *(x[start:end].clone() for x in (query, key)))
+            turned = model.turn(positions, *(x[start:end].clone() for x in (query, key)))
             slots = batch.block_table_tensor[0, positions // 16].long() * 16 + positions % 16
-            impl.do_kv_cache_update(layer, turned[1], value[start:end], cache, slots)
+            impl.do_kv_cache_update(model.attn, turned[1], value[start:end], cache, slots)
             rows = torch.cat((turned[0], torch.full((2, 4, 64), torch.nan)))
             output = torch.full_like(rows, -7.0)
-            impl.forward(layer, rows, turned[1], value[start:end], cache, metadata, output)
+            impl.forward(model.attn, rows, turned[1], value[start:end], cache, metadata, output)
             assert (output[-2:] == -7).all()
             outputs.append(output[:-2])
         assert impl.rotary is not None

@@ -1,4 +1,4 @@
-"""The model's rotary modules: what is read from them, and what takes their place."""
+"""vLLM's rotary modules: what is read from them, and what takes their place."""
 
 from typing import Any
 
@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
 
 from tests.kernels.batches import turn
-from vllm_lminf.attention.rotary import (
-    ExactRotaryEmbedding,
-    ParentFinder,
-    make_exact,
-    read_spec,
-)
+from vllm_lminf.attention.rotary import ExactRotaryEmbedding, is_rotary, make_exact, read_spec
 from vllm_lminf.startup import UnsupportedError
 
 CPU = torch.device("cpu")
@@ -57,21 +52,12 @@ def make_rope(
     return get_rope(64, 1024, is_neox_style, {"rope_theta": 1e4, **parameters}, dtype=dtype)
 
 
-class Attention(nn.Module):
-    """Stands around an attention layer, as a model's module does."""
-
-    def __init__(self, **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-
 @pytest.mark.parametrize("is_neox_style", [True, False], ids=["neox", "gptj"])
 @pytest.mark.parametrize("kind", SERVED)
 def test_exact_module_is_the_models_own(kind: str, is_neox_style: bool) -> None:
     """Wherever the model's own table is good: a float32 angle below 1024 rad is off by 2**-14."""
     module = make_rope(SERVED[kind], is_neox_style)
-    exact = make_exact(Attention(rotary_emb=module), "layer", CPU, LIMIT)
+    exact = make_exact(module, "rotary", CPU, LIMIT)
     positions = torch.randint(0, 1024, (40,))
     query, key = torch.randn(40, 3 * 64), torch.randn(40, 64)
     expected = module.forward_native(positions, query.clone(), key.clone())
@@ -92,7 +78,7 @@ def test_spec_is_read_whatever_the_dtype(kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", SERVED)
 def test_exact_beyond_the_models_table(kind: str) -> None:
-    exact = make_exact(Attention(rotary_emb=make_rope(SERVED[kind])), "layer", CPU, LIMIT)
+    exact = make_exact(make_rope(SERVED[kind]), "rotary", CPU, LIMIT)
     positions = torch.tensor([5_000, 1_000_000])
     query = torch.randn(2, 3, 64)
     output, nothing = exact(positions, query)
@@ -102,7 +88,7 @@ def test_exact_beyond_the_models_table(kind: str) -> None:
 
 
 def test_heads_may_be_a_dimension_of_their_own() -> None:
-    exact = make_exact(Attention(rotary_emb=make_rope(SERVED["default"])), "layer", CPU, LIMIT)
+    exact = make_exact(make_rope(SERVED["default"]), "rotary", CPU, LIMIT)
     positions, query = torch.arange(5), torch.randn(5, 3, 64)
     split, _ = exact(positions, query)
     flat, _ = exact(positions, query.flatten(1))
@@ -112,9 +98,32 @@ def test_heads_may_be_a_dimension_of_their_own() -> None:
 
 @pytest.mark.parametrize("name", UNSERVED)
 def test_other_kinds_are_refused_by_name(name: str) -> None:
-    parent = Attention(rotary_emb=make_rope(UNSERVED[name]))
-    with pytest.raises(UnsupportedError, match=rf"layer model\.layers\.3: .*{name}"):
-        make_exact(parent, "model.layers.3", CPU, LIMIT)
+    with pytest.raises(UnsupportedError, match=rf"layers\.3\.rotary: .*{name}"):
+        make_exact(make_rope(UNSERVED[name]), "layers.3.rotary", CPU, LIMIT)
+
+
+class TestKindsOfTomorrow:
+    """A kind that vLLM has not got yet, derived from its plain one."""
+
+    def make(self, kind: type[RotaryEmbedding]) -> RotaryEmbedding:
+        return kind(64, 64, 1024, 1e4, True, torch.float32)
+
+    def test_served_if_only_its_frequencies_are_its_own(self) -> None:
+        class HalfAsFast(RotaryEmbedding):
+            def _compute_inv_freq(self, base: float) -> torch.Tensor:
+                return super()._compute_inv_freq(base) / 2
+
+        plain, slow = (self.make(kind) for kind in (RotaryEmbedding, HalfAsFast))
+        expected = read_spec(plain, "rotary", LIMIT).inv_freq / 2
+        torch.testing.assert_close(read_spec(slow, "rotary", LIMIT).inv_freq, expected)
+
+    def test_refused_if_it_turns_in_its_own_way(self) -> None:
+        class Backwards(RotaryEmbedding):
+            def forward_native(self, positions: Any, query: Any, key: Any = None) -> Any:
+                return super().forward_native(-positions, query, key)
+
+        with pytest.raises(UnsupportedError, match="Backwards"):
+            read_spec(self.make(Backwards), "rotary", LIMIT)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +144,7 @@ def test_long_rope_goes_by_the_largest_distance(
     with set_current_vllm_config(stock_config):
         module = make_rope(parameters)
     assert module.use_long_rope
-    exact = make_exact(Attention(rotary_emb=module), "layer", CPU, limit)
+    exact = make_exact(module, "rotary", CPU, limit)
     plain = 1e4 ** (-torch.arange(0, 64, 2) / 64)
     torch.testing.assert_close(exact.spec.inv_freq, (plain / factor).double(), rtol=1e-6, atol=0)
     assert exact.spec.magnitude == magnitude
@@ -152,27 +161,26 @@ def test_table_that_says_something_else_is_refused() -> None:
     module = make_rope(SERVED["default"])
     module.base = 2e4
     with pytest.raises(UnsupportedError, match="table"):
-        make_exact(Attention(rotary_emb=module), "layer", CPU, LIMIT)
+        make_exact(module, "rotary", CPU, LIMIT)
 
 
-@pytest.mark.parametrize(
-    ("names", "named"),
-    [((), "no rotary module"), (("rotary_emb", "rotary_emb_local"), "rotary_emb_local")],
-    ids=str,
-)
-def test_one_rotary_module_is_needed(names: tuple[str, ...], named: str) -> None:
-    parent = Attention(**{name: make_rope(SERVED["default"]) for name in names})
-    with pytest.raises(UnsupportedError, match=named):
-        make_exact(parent, "layer", CPU, LIMIT)
+def test_what_is_a_rotary_module(stock_config: VllmConfig) -> None:
+    parameters = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+    with set_current_vllm_config(stock_config):
+        long_rope = make_rope(parameters | {"original_max_position_embeddings": 256})
+    assert is_rotary(long_rope)
+    assert is_rotary(make_rope(SERVED["yarn"]))
+    assert is_rotary(make_rope(UNSERVED["MRotaryEmbedding"]))
+    exact = make_exact(long_rope, "rotary", CPU, LIMIT)
+    assert not is_rotary(exact)
+    assert not is_rotary(nn.Linear(2, 2))
 
 
 def test_layers_that_share_a_module_share_its_replacement() -> None:
     module = make_rope(SERVED["default"])
-    first, second = Attention(rotary_emb=module), Attention(rotary_emb=module)
-    exact = make_exact(first, "layer 0", CPU, LIMIT)
+    exact = make_exact(module, "rotary", CPU, LIMIT)
     assert isinstance(exact, ExactRotaryEmbedding)
-    assert make_exact(second, "layer 1", CPU, LIMIT) is exact
-    assert first.rotary_emb is second.rotary_emb is exact
+    assert make_exact(module, "rotary", CPU, LIMIT) is exact
 
 
 def test_models_with_other_limits_share_no_replacement(stock_config: VllmConfig) -> None:
@@ -185,60 +193,11 @@ def test_models_with_other_limits_share_no_replacement(stock_config: VllmConfig)
     }
     with set_current_vllm_config(stock_config):
         module = make_rope(parameters)
-    short, long = (
-        make_exact(Attention(rotary_emb=module), "layer", CPU, limit) for limit in (256, 257)
-    )
+    short, long = (make_exact(module, "rotary", CPU, limit) for limit in (256, 257))
     torch.testing.assert_close(short.spec.inv_freq, 2 * long.spec.inv_freq)
 
 
 def test_models_that_read_the_table_themselves_are_refused() -> None:
-    exact = make_exact(Attention(rotary_emb=make_rope(SERVED["default"])), "layer", CPU, LIMIT)
+    exact = make_exact(make_rope(SERVED["default"]), "rotary", CPU, LIMIT)
     with pytest.raises(UnsupportedError, match="a kernel of its own"):
         _ = exact.cos_sin_cache
-
-
-def test_replacing_twice_is_replacing_once() -> None:
-    parent = Attention(rotary_emb=make_rope(SERVED["default"]))
-    exact = make_exact(parent, "layer", CPU, LIMIT)
-    assert make_exact(parent, "layer", CPU, LIMIT) is exact
-    assert parent.rotary_emb is exact
-
-
-class TestParentFinder:
-    class Layer(nn.Module):
-        """vLLM's attention layer, as far as it matters here: it holds an implementation."""
-
-        def __init__(self, impl: object) -> None:
-            super().__init__()
-            self.impl = impl
-            self.layer_name = "model.layers.3.attn"
-
-    class Impl:
-        pass
-
-    def test_finds_the_module_around_a_layer(self) -> None:
-        finder, impl = ParentFinder(), self.Impl()
-        finder.expect(impl)
-        parent = Attention(other=nn.Linear(2, 2), attn=self.Layer(impl))
-        assert finder.place_of(impl) == (parent, "model.layers.3.attn")
-
-    def test_listens_only_while_a_layer_is_waiting(self) -> None:
-        hooks = nn.modules.module._global_module_registration_hooks
-        before = len(hooks)
-        finder = ParentFinder()
-        impls = [self.Impl(), self.Impl()]
-        for impl in impls:
-            finder.expect(impl)
-        assert len(hooks) == before + 1
-        parents = [Attention(attn=self.Layer(impls[0]))]
-        assert len(hooks) == before + 1
-        parents.append(Attention(attn=self.Layer(impls[1])))
-        assert len(hooks) == before
-        assert [finder.place_of(impl)[0] for impl in impls] == parents
-
-    def test_a_layer_in_no_module_is_refused(self) -> None:
-        finder, impl = ParentFinder(), self.Impl()
-        finder.expect(impl)
-        layer = self.Layer(impl)
-        with pytest.raises(UnsupportedError, match="in no module"):
-            finder.place_of(layer.impl)

@@ -60,9 +60,9 @@ def start_engine(
         finally:
             llm.llm_engine.engine_core.shutdown()
             del llm
-            gc.collect()
-            cleanup_dist_env_and_memory()
     finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
         os.environ.clear()
         os.environ.update(environment)
 

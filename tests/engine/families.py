@@ -40,6 +40,7 @@ class Family:
         config_class: Hugging Face's configuration class, by name.
         settings: what that class is given.
         is_neox_style: how its rotated pairs lie.
+        backwards: whether it turns them the other way round.
         oracle_forward: for a model that doesn't use Hugging Face's attention interface: the
             attention module's class, and a function that makes the forward that replaces its own.
         own_attention: which of Hugging Face's implementations is the model as it was meant.
@@ -50,6 +51,7 @@ class Family:
     config_class: str
     settings: dict[str, Any] = field(default_factory=dict)
     is_neox_style: bool = True
+    backwards: bool = False
     oracle_forward: tuple[type[nn.Module], Callable[[Attend], Callable]] | None = None
     own_attention: str = "eager"
     as_in_vllm: Callable[[PreTrainedModel], None] = lambda model: None
@@ -83,6 +85,22 @@ _SHAPE = {
 }
 
 _GQA = {"num_key_value_heads": 2}
+_FULL = {"layer_types": ["full_attention"] * 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED_EXPERTS = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+_MULTIPLIERS = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 2.0,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 # vLLM knows these families with tied embeddings alone.
 _TIED = {"tie_word_embeddings": True}
 
@@ -163,12 +181,28 @@ def _exact_gelu(model: PreTrainedModel) -> None:
         block.mlp.gelu_impl = nn.GELU()
 
 
+def _activation_in_bfloat16(model: PreTrainedModel) -> None:
+    """vLLM keeps the two learned numbers of Apertus' activation in bfloat16, whatever the model's
+    dtype and its attention."""
+    for layer in model.model.layers:
+        for number in (layer.mlp.act_fn.alpha_p, layer.mlp.act_fn.alpha_n):
+            number.data = number.data.to(torch.bfloat16).to(number.dtype)
+
+
 _ALTERNATING = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "sliding_window": NATIVE_WINDOW,
     "head_dim": 32,
     **_GQA,
+}
+
+_MINISTRAL_3 = {
+    "head_dim": 16,
+    **_GQA,
+    **_rope(llama_4_scaling_beta=0.1, **_YARN),
+    # vLLM 0.32 looks for it in this place alone, where Mistral's own checkpoints have it.
+    "llama_4_scaling": {"original_max_position_embeddings": 32, "beta": 0.1},
 }
 
 FAMILIES = {
@@ -279,18 +313,7 @@ FAMILIES = {
         {"head_dim": 16, **_GQA, **_rope(partial_rotary_factor=0.5)},
         is_neox_style=False,
     ),
-    "granite": Family(
-        "Granite",
-        "GraniteConfig",
-        {
-            **_GQA,
-            **_rope(),
-            "attention_multiplier": 0.2,
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.7,
-            "logits_scaling": 2.0,
-        },
-    ),
+    "granite": Family("Granite", "GraniteConfig", {**_GQA, **_rope(), **_MULTIPLIERS}),
     "gpt-oss": Family(
         "gpt-oss",
         "GptOssConfig",
@@ -309,6 +332,197 @@ FAMILIES = {
             ),
         },
     ),
+    "llama-yarn": Family("Llama with YaRN", "LlamaConfig", {**_GQA, **_rope(**_YARN)}),
+    "llama-dynamic": Family(
+        "Llama with dynamic NTK", "LlamaConfig", {**_GQA, **_rope(rope_type="dynamic", factor=4.0)}
+    ),
+    "llama-biases": Family(
+        "Llama with biases and heads of 24",
+        "LlamaConfig",
+        {"head_dim": 24, "attention_bias": True, "mlp_bias": True, **_GQA, **_rope()},
+    ),
+    "mixtral": Family(
+        "Mixtral",
+        "MixtralConfig",
+        {"sliding_window": None, **_LOCAL_EXPERTS, **_GQA, **_rope()},
+    ),
+    "qwen-2-moe": Family(
+        "Qwen 2 MoE",
+        "Qwen2MoeConfig",
+        {"shared_expert_intermediate_size": 32, **_EXPERTS, **_GQA, **_rope()},
+    ),
+    "qwen-3-moe": Family(
+        "Qwen 3 MoE", "Qwen3MoeConfig", {"head_dim": 32, **_EXPERTS, **_GQA, **_rope()}
+    ),
+    "glm-4": Family(
+        "GLM-4",
+        "Glm4Config",
+        {"head_dim": 16, **_GQA, **_rope(partial_rotary_factor=0.5)},
+        is_neox_style=False,
+    ),
+    "glm-4.5": Family(
+        "GLM-4.5",
+        "Glm4MoeConfig",
+        {
+            "head_dim": 16,
+            "use_qk_norm": True,
+            "first_k_dense_replace": 1,
+            **_ROUTED_EXPERTS,
+            **_GQA,
+            **_rope(partial_rotary_factor=0.5),
+        },
+    ),
+    "command-r": Family(
+        "Command R",
+        "CohereConfig",
+        {"logit_scale": 0.5, **_GQA, **_TIED, **_rope()},
+        is_neox_style=False,
+    ),
+    "command-r+": Family(
+        "Command R+",
+        "CohereConfig",
+        {"logit_scale": 0.5, "use_qk_norm": True, **_GQA, **_TIED, **_rope()},
+        is_neox_style=False,
+    ),
+    "ernie-4.5": Family(
+        "ERNIE 4.5", "Ernie4_5Config", {"head_dim": 16, **_GQA, **_rope()}, is_neox_style=False
+    ),
+    "ernie-4.5-moe": Family(
+        "ERNIE 4.5 MoE",
+        "Ernie4_5_MoeConfig",
+        {
+            "head_dim": 16,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 32,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 1,
+            "moe_layer_interval": 1,
+            "moe_num_shared_experts": 1,
+            **_GQA,
+            **_rope(),
+        },
+        is_neox_style=False,
+    ),
+    "laguna": Family(
+        "Laguna",
+        "LagunaConfig",
+        {
+            "head_dim": 16,
+            # vLLM 0.32 runs its experts on GPUs alone.
+            "mlp_layer_types": ["dense"] * 2,
+            **_FULL,
+            **_GQA,
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        },
+    ),
+    "ministral-3": Family(
+        "Ministral 3",
+        "Ministral3Config",
+        {
+            **_MINISTRAL_3,
+            # The factor on the queries is served up to the trained length.
+            "max_position_embeddings": 1024,
+        },
+    ),
+    "granite-moe": Family(
+        "Granite MoE",
+        "GraniteMoeConfig",
+        {**_LOCAL_EXPERTS, **_GQA, **_rope(), **_MULTIPLIERS},
+    ),
+    "granite-moe-shared": Family(
+        "Granite MoE with a shared expert",
+        "GraniteMoeSharedConfig",
+        {"shared_intermediate_size": 32, **_LOCAL_EXPERTS, **_GQA, **_rope(), **_MULTIPLIERS},
+    ),
+    "nemotron": Family(
+        "Nemotron",
+        "NemotronConfig",
+        {"head_dim": 16, **_GQA, **_rope(partial_rotary_factor=0.5)},
+    ),
+    "exaone-4-full": Family(
+        "EXAONE 4 without windows",
+        "Exaone4Config",
+        {"sliding_window": None, **_FULL, **_GQA, **_rope()},
+    ),
+    "gemma-1": Family("Gemma 1", "GemmaConfig", {"head_dim": 32, **_GQA, **_TIED, **_rope()}),
+    "vaultgemma": Family(
+        "VaultGemma",
+        "VaultGemmaConfig",
+        {**_ALTERNATING, **_TIED, **_rope(), "query_pre_attn_scalar": 48},
+    ),
+    "olmo-1": Family("OLMo", "OlmoConfig", {**_GQA, **_rope()}),
+    "olmo-3": Family("OLMo 3", "Olmo3Config", {**_ALTERNATING, **_rope(500000.0)}),
+    "olmoe": Family(
+        "OLMoE",
+        "OlmoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, **_GQA, **_rope()},
+    ),
+    "flex-olmo": Family(
+        "FlexOlmo",
+        "FlexOlmoConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, **_GQA, **_rope()},
+    ),
+    "starcoder-2": Family(
+        "Starcoder 2",
+        "Starcoder2Config",
+        {"use_bias": True, "sliding_window": None, **_GQA, **_rope()},
+    ),
+    "seed-oss": Family(
+        "Seed-OSS", "SeedOssConfig", {"head_dim": 32, "attention_bias": True, **_GQA, **_rope()}
+    ),
+    "persimmon": Family(
+        "Persimmon",
+        "PersimmonConfig",
+        {"qk_layernorm": True, **_rope(partial_rotary_factor=0.5)},
+    ),
+    "apertus": Family(
+        "Apertus",
+        "ApertusConfig",
+        {**_GQA, **_rope()},
+        as_in_vllm=_activation_in_bfloat16,
+    ),
+    "arcee": Family("Arcee", "ArceeConfig", {"head_dim": 16, **_GQA, **_rope()}),
+    "helium": Family(
+        "Helium", "HeliumConfig", {"head_dim": 16, **_GQA, **_rope()}, is_neox_style=False
+    ),
+    "smollm-3-all": Family(
+        "SmolLM3 with RoPE in all layers",
+        "SmolLM3Config",
+        {"no_rope_layers": [1, 1], **_GQA, **_rope()},
+    ),
+    "bitnet": Family("BitNet", "BitNetConfig", {**_GQA, **_rope()}),
+    "jais-2": Family("Jais 2", "Jais2Config", {"head_dim": 16, **_GQA, **_rope()}),
+    "mellum": Family(
+        "Mellum",
+        "MellumConfig",
+        {
+            **_ALTERNATING,
+            **_EXPERTS,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            },
+        },
+    ),
+    "ministral": Family("Ministral", "MinistralConfig", {**_ALTERNATING, **_rope()}),
+    "cwm": Family(
+        "CWM", "CwmConfig", {**_ALTERNATING, **_rope(), "bos_token_id": 1, "eos_token_id": 2}
+    ),
+    "dots.llm1": Family(
+        "dots.llm1",
+        "Dots1Config",
+        {"head_dim": 16, "first_k_dense_replace": 1, **_ROUTED_EXPERTS, **_GQA, **_rope()},
+    ),
+    "nanochat": Family("nanochat", "NanoChatConfig", _rope(), backwards=True),
+    "solar-open": Family(
+        "Solar Open",
+        "SolarOpenConfig",
+        {"head_dim": 16, **_ROUTED_EXPERTS, **_GQA, **_rope(partial_rotary_factor=1.0)},
+    ),
+    "hyperclova-x": Family(
+        "HyperCLOVA X", "HyperCLOVAXConfig", {**_GQA, **_rope(), **_MULTIPLIERS}
+    ),
 }
 
 
@@ -323,6 +537,7 @@ class RefusedFamily:
         settings: what that class is given.
         message: what the refusal says; a regular expression.
         status: what the README's table says of it.
+        max_model_len: the engine's.
     """
 
     title: str
@@ -331,6 +546,7 @@ class RefusedFamily:
     settings: dict[str, Any]
     message: str
     status: str = REFUSED
+    max_model_len: int = TRAINED_LENGTH
 
     def save(self, folder: Path) -> Path:
         """Writes the configuration: the weights, if it comes to them, are left to vLLM."""
@@ -338,17 +554,18 @@ class RefusedFamily:
         return folder
 
 
-_NO_ROTARY = r"layer \S+\.0\.\S*attn: .* has no rotary module"
+_LEARNED = r"layers \S+\.0\.\S*attn, \S+\.1\.\S*attn: its values depend on the position"
+_UNTURNED = "its queries and keys don't depend on the position"
 _BOTH_LAYERS = "layers 0 to 1: "
 
 REFUSED_FAMILIES = {
-    "gpt-2": RefusedFamily("GPT-2", "learned absolute positions", "GPT2Config", _TIED, _NO_ROTARY),
+    "gpt-2": RefusedFamily("GPT-2", "learned absolute positions", "GPT2Config", _TIED, _LEARNED),
     "opt": RefusedFamily(
         "OPT",
         "learned absolute positions",
         "OPTConfig",
         {"ffn_dim": 96, "word_embed_proj_dim": 64, **_TIED},
-        _NO_ROTARY,
+        _LEARNED,
     ),
     "m-rope": RefusedFamily(
         "models with M-RoPE, as Qwen2-VL",
@@ -386,28 +603,54 @@ REFUSED_FAMILIES = {
             fope_sep_head=True,
             fope_init_factor=0.1,
         ),
-        r"layer model\.layers\.0\.self_attn\.attn: rotary embedding FourierRotaryEmbedding",
+        r"model\.layers\.0\.self_attn\.rotary_emb: the rotation of FourierRotaryEmbedding",
     ),
     "command-r7b": RefusedFamily(
         "Command R7B",
         "interleaved RoPE in windowed layers, none in the others",
         "Cohere2Config",
         {**_ALTERNATING, **_TIED, **_rope()},
-        r"layer model\.layers\.1\.self_attn\.attn: CohereAttention holds .* does not call it here",
+        rf"layers model\.layers\.1\.self_attn\.attn, model\.layers\.3\S+: {_UNTURNED}",
     ),
     "exaone-4": RefusedFamily(
         "EXAONE 4 with windows",
         "RoPE in windowed layers, none in the others",
         "Exaone4Config",
         {**_ALTERNATING, **_rope()},
-        r"layer model\.layers\.1\.self_attn\.attn: Exaone4Attention holds .* does not call it here",
+        rf"layers model\.layers\.1\.self_attn\.attn, model\.layers\.3\S+: {_UNTURNED}",
     ),
     "smollm-3": RefusedFamily(
         "SmolLM3",
         "RoPE in three layers of four",
         "SmolLM3Config",
-        {**_GQA, **_rope()},
-        r"layer \S+: vLLM runs this model \(smollm3\) in Hugging Face's code",
+        {"num_hidden_layers": 4, **_GQA, **_rope()},
+        rf"layer model\.layers\.3\.self_attn\.attn: {_UNTURNED}",
+    ),
+    "hunyuan": RefusedFamily(
+        "Hunyuan",
+        "RoPE, with norms behind it that stretch each dimension on its own",
+        "HunYuanDenseV1Config",
+        {"head_dim": 16, **_GQA, **_rope()},
+        r"layers \S+\.0\.\S*attn, \S+\.1\.\S*attn: its queries and keys, 16 dimensions each, "
+        r"aren't turned by a rotation",
+    ),
+    "ministral-3": RefusedFamily(
+        "Ministral 3 beyond its trained length",
+        "YaRN; a factor on the queries that grows with the position",
+        "Ministral3Config",
+        _MINISTRAL_3,
+        r"its queries are multiplied by a factor .*; --max-model-len 64 serves",
+        max_model_len=1000,
+    ),
+    "llama-4": RefusedFamily(
+        "Llama 4",
+        "RoPE in chunks, none in the other layers",
+        "Llama4TextConfig",
+        {"head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 96, **_GQA, **_rope()},
+        "a KV cache of kind ChunkedLocalAttentionSpec",
+    ),
+    "gpt-bigcode": RefusedFamily(
+        "Starcoder 1", "learned absolute positions", "GPTBigCodeConfig", _TIED, _LEARNED
     ),
     "mpt": RefusedFamily(
         "MPT",
@@ -526,7 +769,7 @@ class OracleModel:
             longrope = ROPE_INIT_FUNCTIONS["longrope"]
             inv_freq, _ = longrope(config, seq_len=pattern.distance_limit)
         return RotarySpec(
-            inv_freq.double(),
+            -inv_freq.double() if self.family.backwards else inv_freq.double(),
             self.family.is_neox_style,
             getattr(rotary, f"{prefix}attention_scaling"),
         )

@@ -29,6 +29,7 @@ _ROPE_NAMES = {
     "linear": "RoPE, linear scaling",
     "llama3": "RoPE, llama3 scaling",
     "yarn": "YaRN",
+    "dynamic": "RoPE, dynamic NTK",
     "longrope": "LongRoPE",
 }
 

@@ -80,7 +80,7 @@ def test_refusal_names_layers_and_reason(
     path = refused.save(tmp_path / "model")
     with (
         pytest.raises(ValueError, match=refused.message) as error,
-        engine(path, max_model_len=TRAINED_LENGTH, load_format="dummy"),
+        engine(path, max_model_len=refused.max_model_len, load_format="dummy"),
     ):
         pass
     assert isinstance(error.value, UnsupportedError) == (refused.status == REFUSED)

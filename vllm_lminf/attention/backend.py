@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_lminf.attention.impl import LambdaAttentionImpl
+from vllm_lminf.attention.loaded import models
 from vllm_lminf.attention.metadata import LambdaMetadataBuilder
 from vllm_lminf.attention.patterns import cache_pattern
 from vllm_lminf.config import BACKEND_NAME
@@ -127,7 +128,12 @@ class LambdaAttentionBackend(AttentionBackend):
 
         vLLM names neither the layer nor the engine here, so it is the Λ of the model that this
         process built last; the metadata builder, which is told the engine, checks that it was.
+
+        It is asked once all models of a process are there as they will run (adapters, drafters,
+        buffers for communication), before memory is measured: the time to settle how layers turn
+        queries and keys.
         """
+        models.settle()
         if type(spec) is SlidingWindowSpec:
             own_window = spec.sliding_window
         elif type(spec) is FullAttentionSpec and not spec.non_causal:

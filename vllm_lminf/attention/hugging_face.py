@@ -1,123 +1,150 @@
-"""Models that vLLM runs in Hugging Face's code: their rotation, found and made exact.
+"""Models that vLLM runs in Hugging Face's code: their rotary modules, read and made exact.
 
-vLLM puts its attention layers into Hugging Face's attention modules and leaves what is around them
-as it is. One rotary module beside the decoder's layers hands cosines and sines to all of them.
+Such a module turns nothing itself: it hands cosines and sines to all layers, in one of a few
+layouts.
 """
 
-import gc
-import sys
-import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_lminf.rope import RotarySpec, RotationTables, rotate
+from vllm_lminf.attention.rotary import Rotary
+from vllm_lminf.rope import RotarySpec, RotationTables
 from vllm_lminf.startup import UnsupportedError
 
-MODEL_TYPES = ("glm", "gpt_neox", "olmo2", "phi")
-"""Model types that are known to rotate in every layer, and in all layers alike."""
+Layout = Callable[[torch.Tensor], torch.Tensor]
+"""From the angle of every pair, [..., rotary_dim / 2], to what a module hands out."""
 
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+def _twice(angles: torch.Tensor) -> torch.Tensor:
+    return torch.cat((angles, angles), dim=-1)
+
+
+def _each_twice(angles: torch.Tensor) -> torch.Tensor:
+    return angles.repeat_interleave(2, dim=-1)
+
+
+def _once(angles: torch.Tensor) -> torch.Tensor:
+    return angles
 
 
 class ExactPositionEmbeddings(nn.Module):
-    """Takes the place of Hugging Face's rotary module: same angles, exact at any position."""
+    """Takes the place of Hugging Face's rotary module: same angles, exact at any position.
 
-    def __init__(self, spec: RotarySpec, device: torch.device) -> None:
+    Args:
+        specs: what is turned in each type of layers; under None where all are alike.
+        layout: how the module hands angles out.
+        keeps_float32: whether it does so in float32, whatever the model's dtype.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        specs: dict[str | None, RotarySpec],
+        layout: Layout,
+        keeps_float32: bool,
+        device: torch.device,
+    ) -> None:
         super().__init__()
-        self.spec = spec
-        self.tables = RotationTables(spec.inv_freq, device)
+        self.layout = layout
+        self.keeps_float32 = keeps_float32
+        rotations = []
+        for layer_type, spec in specs.items():
+            tables = RotationTables(spec.inv_freq, device)
+            setattr(self, f"{layer_type}_tables", tables)
+            setattr(self, f"{layer_type}_magnitude", spec.magnitude)
+            # Which dimensions make a pair, and which way it is turned, is up to the layers.
+            backwards = replace(spec, inv_freq=-spec.inv_freq)
+            for way, its_tables in (
+                (spec, tables),
+                (backwards, RotationTables(backwards.inv_freq, device)),
+            ):
+                rotations += [
+                    Rotary(replace(way, is_neox_style=style), its_tables) for style in (True, False)
+                ]
+        self.rotations = tuple(rotations)
 
     def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor
+        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines at ``position_ids``, integers [1, num_tokens].
 
         Returns:
-            Two tensors of shape [1, num_tokens, rotary_dim], the second half a copy of the first,
-            in x's dtype.
+            Two tensors of shape [1, num_tokens, rotary_dim], or half of it.
         """
-        angles = self.tables(position_ids.flatten())
-        cos, sin = ((a * self.spec.magnitude).repeat(1, 2)[None].to(x.dtype) for a in angles)
+        angles = getattr(self, f"{layer_type}_tables")(position_ids.flatten())
+        magnitude = getattr(self, f"{layer_type}_magnitude")
+        dtype = torch.float32 if self.keeps_float32 else x.dtype
+        cos, sin = (self.layout(a * magnitude)[None].to(dtype) for a in angles)
         return cos, sin
 
 
-def is_hugging_face(attention: nn.Module) -> bool:
-    """Whether the module around an attention layer is Hugging Face's, or a model's own in it."""
-    return type(attention).__module__.startswith(("transformers.", "transformers_modules."))
+def is_rotary(module: nn.Module) -> bool:
+    """Whether it looks like one of Hugging Face's rotary modules: it has frequencies."""
+    return any(_layer_types(module))
 
 
-def make_exact(attention: Any, layer_name: str, device: torch.device) -> ExactPositionEmbeddings:
-    """Replaces the rotary module of the decoder around an attention module by an exact one, once.
+def make_exact(
+    module: Any, name: str, device: torch.device, distance_limit: int
+) -> ExactPositionEmbeddings:
+    """What takes the place of one of Hugging Face's rotary modules.
+
+    Some have other frequencies for long sequences (LongRoPE, dynamic NTK). Taken are those for a
+    sequence as long as the largest distance.
 
     Args:
-        attention: Hugging Face's module that holds the attention layer.
-        layer_name: the layer's name, for messages.
+        module: the model's.
+        name: its name in the model, for messages.
         device: where the model is.
-
-    Returns:
-        The exact module; the same one for every layer of the decoder.
+        distance_limit: the engine's.
 
     Raises:
-        UnsupportedError: the model, or its rotation, isn't served.
+        UnsupportedError: what it hands out isn't what its frequencies say, in no known layout.
     """
-    model_type = attention.config.model_type
-    if model_type not in MODEL_TYPES:
+    positions = torch.tensor([[0, 1, 2, 3, 5, 8, 13, distance_limit - 1]], device=device)
+    specs: dict[str | None, RotarySpec] = {}
+    layouts = [_twice, _each_twice, _once]
+    keeps_float32 = True
+    for prefix, layer_type in _layer_types(module):
+        arguments = () if layer_type is None else (layer_type,)
+        x = torch.zeros(1, dtype=torch.bfloat16, device=device)
+        try:
+            given = module(x.float(), positions, *arguments)
+            keeps_float32 = module(x, positions, *arguments)[0].dtype == torch.float32
+            inv_freq = getattr(module, f"{prefix}inv_freq").to("cpu", torch.float64)
+            magnitude = float(getattr(module, f"{prefix}attention_scaling", 1.0))
+        except Exception as error:
+            raise UnsupportedError(
+                [f"{name}: the rotation of {type(module).__name__}: it can't be read ({error!r})"]
+            ) from error
+        specs[layer_type] = RotarySpec(inv_freq, is_neox_style=True, magnitude=magnitude)
+        angles = positions[0, :-1, None].to("cpu", torch.float64) * inv_freq
+        wanted = torch.stack((angles.cos(), angles.sin())) * magnitude
+        layouts = [layout for layout in layouts if _is_what(layout(wanted), given)]
+    if not layouts:
         raise UnsupportedError(
             [
-                f"layer {layer_name}: vLLM runs this model ({model_type}) in Hugging Face's code, "
-                f"whose rotation is known for {', '.join(MODEL_TYPES)} alone"
+                f"{name}: the rotation of {type(module).__name__}: its cosines and sines aren't "
+                "what its frequencies say"
             ]
         )
-    decoder = _decoder_around(attention, layer_name)
-    if not isinstance(decoder.rotary_emb, ExactPositionEmbeddings):
-        spec = _read_spec(decoder.rotary_emb, attention, layer_name)
-        decoder.rotary_emb = ExactPositionEmbeddings(spec, device)
-    exact: ExactPositionEmbeddings = decoder.rotary_emb
-    return exact
+    return ExactPositionEmbeddings(specs, layouts[0], keeps_float32, device)
 
 
-_decoders: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+def _layer_types(module: nn.Module) -> Iterator[tuple[str, str | None]]:
+    """What the names of a module's frequencies begin with, and the type of layers they are for."""
+    for name, _ in module.named_buffers(recurse=False):
+        prefix = name.removesuffix("inv_freq")
+        if prefix != name and not prefix.endswith(("original_", "long_")):
+            yield prefix, prefix.removesuffix("_") or None
 
 
-def _decoder_around(attention: nn.Module, layer_name: str) -> Any:
-    """The module that has the rotary module, and this attention module somewhere within.
-
-    A module doesn't know what it is part of, and vLLM tells nobody when it has put a model
-    together: it is looked for among all modules that exist, once for a model.
-    """
-    for decoder in _decoders:
-        if attention in decoder.modules():
-            return decoder
-    for candidate in gc.get_objects():
-        if (
-            issubclass(type(candidate), nn.Module)
-            and "rotary_emb" in candidate.__dict__.get("_modules", ())
-            and attention in candidate.modules()
-        ):
-            _decoders.add(candidate)
-            return candidate
-    raise UnsupportedError(
-        [f"layer {layer_name}: no rotary module in the modules around {type(attention).__name__}"]
-    )
-
-
-def _read_spec(rotary: Any, attention: nn.Module, layer_name: str) -> RotarySpec:
-    kind = getattr(rotary, "rope_type", None)
-    if kind not in _ROPE_TYPES:
-        raise UnsupportedError([f"layer {layer_name}: rotary embedding {kind!r} is not served"])
-    inv_freq = rotary.inv_freq.to("cpu", torch.float64)
-    turn = sys.modules[type(attention).__module__].__dict__["apply_rotary_pos_emb"]
-    with torch.device("cpu"):
-        angles = torch.linspace(0.1, 3.0, inv_freq.numel())
-        probe = torch.linspace(-1.0, 2.0, 2 * inv_freq.numel()).view(1, 1, 1, -1)
-        cos, sin = (x.repeat(2).view(1, 1, -1) for x in (angles.cos(), angles.sin()))
-        turned, _ = turn(probe, probe, cos, sin)
-        for is_neox_style in (True, False):
-            expected = rotate(probe, angles.cos(), angles.sin(), is_neox_style)
-            if torch.allclose(turned, expected, atol=1e-5):
-                return RotarySpec(inv_freq, is_neox_style, float(rotary.attention_scaling))
-    raise UnsupportedError(
-        [f"layer {layer_name}: {type(attention).__name__} rotates pairs in an unknown order"]
-    )
+def _is_what(wanted: torch.Tensor, given: Any) -> bool:
+    """Whether cosines and sines are those; the last position is there for its length alone."""
+    if not isinstance(given, tuple) or len(given) != 2 or given[0].is_complex():
+        return False
+    near = torch.stack(given)[:, 0, :-1].to("cpu", torch.float64)
+    return near.shape == wanted.shape and torch.allclose(near, wanted, rtol=0, atol=1e-5)

@@ -7,12 +7,13 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from vllm_lminf.attention import hugging_face
 from vllm_lminf.attention.kernel import Layer, LayerKernel, Scales, compile_layer
-from vllm_lminf.attention.metadata import LambdaMetadata, Rotary
+from vllm_lminf.attention.loaded import models
+from vllm_lminf.attention.metadata import LambdaMetadata
 from vllm_lminf.attention.patterns import layer_pattern
-from vllm_lminf.attention.rotary import make_exact, parents, refuse_rotary
-from vllm_lminf.attention.rotary_use import check_use
+from vllm_lminf.attention.probe import Watch
+from vllm_lminf.attention.rotary import Rotary
+from vllm_lminf.kernels.cpu import CpuLayer
 from vllm_lminf.kernels.interface import Heads, ScoreRules, Situation
 from vllm_lminf.startup import (
     UnsupportedError,
@@ -68,47 +69,46 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         self.engine = get_current_vllm_config()
         self.model_pattern = pattern_being_built(self.engine)
         self.pattern = layer_pattern(self.model_pattern, sliding_window)
+        self.device = torch.device("cpu")
+        self.compiled: CpuLayer | None = None
         self.rotary: Rotary | None = None
         self.kernel: LayerKernel | None = None
+        self.watch: Watch | None = None
         LambdaAttentionImpl.built_last = self
-        parents.expect(self)
+        models.expect(self)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Matches the layer with the model's rotary module; vLLM calls it once the model stands.
+        """Waits for the model to be whole; vLLM calls it once the weights are there.
 
         Raises:
-            UnsupportedError: there is no such module, or one that isn't served.
+            UnsupportedError: the layer is part of no model, or its kernel can't be had.
         """
-        parent, layer_name = parents.place_of(self)
-        device = next(parent.parameters()).device
+        if self.kernel is not None:
+            return  # new weights for a layer that runs
+        self.device = next(models.join(self).parameters()).device
         if self.rules.alibi_slopes is not None:
-            self.rules.alibi_slopes = self.rules.alibi_slopes.to(device)
-        asked = kernel_of(self.engine)
-        situation = self._situation(device, act_dtype)
-        compiled = compile_layer(asked, device, situation.heads, self.rules)
-        if self.rules.alibi_slopes is not None:
-            refuse_rotary(parent, layer_name)
-        elif hugging_face.is_hugging_face(parent):
-            self.rotary = hugging_face.make_exact(parent, layer_name, device)
-        else:
-            self.rotary = make_exact(
-                parent,
-                layer_name,
-                device,
-                self.model_pattern.distance_limit,
-                compiled=compiled is not None,
-            )
-            if self.pattern.n_global > 0:
-                check_use(parent, self.rotary, layer_name, self.head_size)
-        layer = Layer(situation, self.rules, self.rotary, compiled, device, self.engine)
-        self.kernel = LayerKernel(asked, layer)
+            self.rules.alibi_slopes = self.rules.alibi_slopes.to(self.device)
+        self.situation = self._situation(act_dtype)
+        self.compiled = compile_layer(
+            kernel_of(self.engine), self.device, self.situation.heads, self.rules
+        )
 
-    def _situation(self, device: torch.device, act_dtype: torch.dtype) -> Situation:
+    def make_ready(self, rotary: Rotary | None) -> None:
+        """Gives the layer its kernel, without which it doesn't run.
+
+        Args:
+            rotary: by which its queries and keys are turned.
+        """
+        self.rotary = rotary
+        layer = Layer(self.situation, self.rules, rotary, self.compiled, self.device, self.engine)
+        self.kernel = LayerKernel(kernel_of(self.engine), layer)
+
+    def _situation(self, act_dtype: torch.dtype) -> Situation:
         """Where this layer runs, its block size as far as it is known."""
         model = situation_of(self.engine, self.pattern)
         return replace(
             model,
-            device_type=device.type,
+            device_type=self.device.type,
             heads=Heads(self.num_heads, self.num_kv_heads, self.head_size, act_dtype),
             cache_dtype=cache_dtype_of(self.kv_cache_dtype, act_dtype) or act_dtype,
             has_rotation=self.rules.alibi_slopes is None,
@@ -156,6 +156,8 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError(["fused output quantisation: not served"])
         if attn_metadata is None:
+            if self.watch is not None:
+                self.watch(query, key, value)
             return output.zero_()
         n = attn_metadata.num_actual_tokens
         scales = _scales_of(layer)
@@ -164,7 +166,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
 
     def _ready_kernel(self) -> LayerKernel:
         if self.kernel is None:
-            raise RuntimeError("the layer ran before its weights were processed")
+            raise RuntimeError("the layer ran before it was known how it turns queries and keys")
         return self.kernel
 
 

@@ -9,7 +9,8 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_lminf import compat
-from vllm_lminf.attention.metadata import LambdaMetadata, Rotary
+from vllm_lminf.attention.metadata import LambdaMetadata
+from vllm_lminf.attention.rotary import Rotary
 from vllm_lminf.kernels import cpu, paged
 from vllm_lminf.kernels.choice import choose
 from vllm_lminf.kernels.interface import Heads, PagedCache, Rotation, ScoreRules, Situation

@@ -18,9 +18,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_lminf import trained
-from vllm_lminf.attention.hugging_face import ExactPositionEmbeddings
 from vllm_lminf.attention.patterns import cache_pattern
-from vllm_lminf.attention.rotary import ExactRotaryEmbedding
+from vllm_lminf.attention.rotary import Rotary
 from vllm_lminf.config import BACKEND_NAME
 from vllm_lminf.kernels.cpu import CpuBatch
 from vllm_lminf.kernels.interface import DeviceBatch
@@ -31,8 +30,6 @@ from vllm_lminf.speculation import target_of
 from vllm_lminf.startup import UnsupportedError, pattern_of
 
 logger = init_logger("vllm.lminf")
-
-Rotary = ExactRotaryEmbedding | ExactPositionEmbeddings
 
 
 @dataclass

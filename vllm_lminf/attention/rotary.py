@@ -1,21 +1,18 @@
-"""The model's rotary modules: read, checked against their own tables, and made exact anywhere."""
+"""vLLM's rotary modules: read, checked against their own tables, and made exact anywhere."""
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from vllm import _custom_ops as ops
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding import (
     DynamicNTKAlphaRotaryEmbedding,
-    DynamicNTKScalingRotaryEmbedding,
     LinearScalingRotaryEmbedding,
-    Llama3RotaryEmbedding,
-    NTKScalingRotaryEmbedding,
     Phi3LongRoPEScaledRotaryEmbedding,
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
@@ -26,12 +23,23 @@ from vllm_lminf.kernels.cpu import CpuRotation
 from vllm_lminf.rope import RotarySpec, RotationTables, rotate
 from vllm_lminf.startup import UnsupportedError
 
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
 logger = init_logger("vllm.lminf")
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """A rotation, and its angles at any position. What belongs together is one object: layers that
+    share it share what follows from it.
+
+    Attributes:
+        spec: what is turned, and how fast.
+        tables: cosines and sines.
+    """
+
+    spec: RotarySpec
+    tables: RotationTables
 
 
 class ExactRotaryEmbedding(nn.Module):
@@ -55,6 +63,7 @@ class ExactRotaryEmbedding(nn.Module):
         self.head_size = head_size
         self.compiled = compiled
         self.tables = RotationTables(spec.inv_freq, device)
+        self.rotations = (Rotary(spec, self.tables),)
         self._step_key = f"lminf rotary {id(self)}"
 
     def forward(
@@ -142,115 +151,35 @@ class ExactRotaryEmbedding(nn.Module):
         return rotate(heads, cos, sin, self.spec.is_neox_style).view(x.shape)
 
 
-# vLLM's LongRoPE is a rotary module without their common base class.
-_ROTARY_MODULES = (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding, ExactRotaryEmbedding)
-
-
-class ParentFinder:
-    """Learns which module each attention layer is put into, while the model is being built.
-
-    vLLM's attention layer doesn't know the module around it, which is where the rotary module is.
-    torch tells when a module is registered in another; the listener is there only while a layer
-    is waiting for its parent.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: list[weakref.ref[object]] = []
-        self._places: weakref.WeakKeyDictionary[object, tuple[weakref.ref[nn.Module], str]]
-        self._places = weakref.WeakKeyDictionary()
-        self._handle: RemovableHandle | None = None
-
-    def expect(self, impl: object) -> None:
-        """Starts to look for the module that will hold this implementation's layer."""
-        self._waiting.append(weakref.ref(impl))
-        if self._handle is None:
-            self._handle = register_module_module_registration_hook(self._on_registration)
-
-    def place_of(self, impl: object) -> tuple[nn.Module, str]:
-        """The module that holds this implementation's layer, and the layer's name.
-
-        Raises:
-            UnsupportedError: the layer was put into no module.
-        """
-        place = self._places.get(impl)
-        parent = None if place is None else place[0]()
-        if place is None or parent is None:
-            raise UnsupportedError(
-                ["an attention layer is in no module: there is no rotary module to match it with"]
-            )
-        return parent, place[1]
-
-    def _on_registration(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        impl = getattr(child, "impl", None)
-        if impl is None or not any(waiting() is impl for waiting in self._waiting):
-            return
-        self._places[impl] = weakref.ref(parent), getattr(child, "layer_name", name)
-        self._waiting = [w for w in self._waiting if w() is not None and w() is not impl]
-        if not self._waiting and self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-
-parents = ParentFinder()
-
-
-def _rotary_children(parent: nn.Module) -> dict[str, Any]:
-    return {n: m for n, m in parent.named_children() if isinstance(m, _ROTARY_MODULES)}
-
-
-def refuse_rotary(parent: nn.Module, layer_name: str) -> None:
-    """Makes sure that a layer with ALiBi has no rotary module as well.
-
-    Raises:
-        UnsupportedError: it has both.
-    """
-    if found := _rotary_children(parent):
-        raise UnsupportedError(
-            [f"layer {layer_name}: it has ALiBi and the rotary module {', '.join(found)} both"]
-        )
+def is_rotary(module: nn.Module) -> bool:
+    """Whether it is one of vLLM's rotary modules; LongRoPE's has no base class in common."""
+    return isinstance(module, (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding))
 
 
 def make_exact(
-    parent: nn.Module,
-    layer_name: str,
-    device: torch.device,
-    distance_limit: int,
-    compiled: bool = False,
+    module: Any, name: str, device: torch.device, distance_limit: int, compiled: bool = False
 ) -> ExactRotaryEmbedding:
-    """Replaces the rotary module beside an attention layer by an exact one, once.
+    """What takes the place of one of vLLM's rotary modules.
 
     Args:
-        parent: the module that holds the attention layer.
-        layer_name: the layer's name, for messages.
+        module: the model's.
+        name: the module's name in the model, for messages.
         device: where the model is.
         distance_limit: the engine's; LongRoPE's factors are chosen by it.
         compiled: whether the compiled kernel does it, see `ExactRotaryEmbedding`.
 
     Returns:
-        The exact module; the same one for every layer that shared the original.
+        The exact module; the same one whenever it is asked for again.
 
     Raises:
-        UnsupportedError: there is no rotary module, or more than one, or one that isn't served.
+        UnsupportedError: it isn't served.
     """
-    found = _rotary_children(parent)
-    if len(found) != 1:
-        what = f"has {', '.join(found)}" if found else "has no rotary module of vLLM's"
-        raise UnsupportedError(
-            [
-                f"layer {layer_name}: the module around it ({type(parent).__name__}) {what}; "
-                "without ALiBi, LM-Infinite needs exactly one, to score at a distance of its choice"
-            ]
-        )
-    ((name, module),) = found.items()
-    if isinstance(module, ExactRotaryEmbedding):
-        return module
     twins = _exact_twins.setdefault(module, {})
     exact = twins.get((distance_limit, compiled))
     if exact is None:
-        spec = read_spec(module, layer_name, distance_limit)
+        spec = read_spec(module, name, distance_limit)
         exact = ExactRotaryEmbedding(spec, module.head_size, device, compiled)
         twins[distance_limit, compiled] = exact
-    setattr(parent, name, exact)
     return exact
 
 
@@ -261,12 +190,12 @@ _exact_twins: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, bool], ExactR
 )
 
 
-def read_spec(module: Any, layer_name: str, distance_limit: int) -> RotarySpec:
+def read_spec(module: Any, name: str, distance_limit: int) -> RotarySpec:
     """What one of vLLM's rotary modules computes; checked against the table it made for itself.
 
     Args:
         module: the model's rotary module.
-        layer_name: for messages.
+        name: its name, for messages.
         distance_limit: the engine's; LongRoPE's factors are chosen by it.
 
     Raises:
@@ -275,9 +204,7 @@ def read_spec(module: Any, layer_name: str, distance_limit: int) -> RotarySpec:
     kind = type(module)
     magnitude, rows, is_neox_style = 1.0, slice(0, None), True
     with torch.device("cpu"):
-        if kind in (RotaryEmbedding, Llama3RotaryEmbedding, NTKScalingRotaryEmbedding):
-            inv_freq = module._compute_inv_freq(module.base)
-        elif kind is LinearScalingRotaryEmbedding and len(module.scaling_factors) == 1:
+        if kind is LinearScalingRotaryEmbedding and len(module.scaling_factors) == 1:
             inv_freq = module._compute_inv_freq(module.base) / module.scaling_factors[0]
         elif kind is YaRNScalingRotaryEmbedding:
             inv_freq = module._compute_inv_freq(module.scaling_factor)
@@ -285,26 +212,27 @@ def read_spec(module: Any, layer_name: str, distance_limit: int) -> RotarySpec:
         elif kind is DynamicNTKAlphaRotaryEmbedding:
             exponent = module.rotary_dim / (module.rotary_dim - 2)
             inv_freq = module._compute_inv_freq(module.base * module.scaling_alpha**exponent)
-        elif (
-            kind is DynamicNTKScalingRotaryEmbedding
-            and module.max_trained_positions == module.max_position_embeddings
-        ):
-            # Its base grows once a sequence passes the trained length. Distances never do here, so
-            # it stays what the model was trained with.
-            inv_freq = module._compute_inv_freq(module.base)
         elif kind is Phi3LongRoPEScaledRotaryEmbedding:
             inv_freq, magnitude, rows = _read_long_rope(module, distance_limit)
+        elif isinstance(module, RotaryEmbedding) and _turns_by_its_table(kind):
+            # Dynamic NTK among them: its base grows once a sequence passes the trained length.
+            # Distances never do here, so it stays what the model was trained with.
+            inv_freq = module._compute_inv_freq(module.base)
         else:
-            raise UnsupportedError(
-                [f"layer {layer_name}: rotary embedding {module} ({kind.__name__}) is not served"]
-            )
+            raise UnsupportedError([f"{name}: the rotation of {module} ({kind.__name__})"])
     if isinstance(module, RotaryEmbeddingBase):
         is_neox_style, table = module.is_neox_style, module.cos_sin_cache
     else:
         table = module.long_short_cos_sin_cache
     spec = RotarySpec(inv_freq.to(torch.float64), is_neox_style, magnitude)
-    _check_against_table(spec, table[rows][:256], kind.__name__, layer_name)
+    _check_against_table(spec, table[rows][:256], f"{name}: the rotation of {kind.__name__}")
     return spec
+
+
+def _turns_by_its_table(kind: type[RotaryEmbedding]) -> bool:
+    """Whether a kind differs from the plain one in the frequencies of its table alone."""
+    own = kind.__mro__[: kind.__mro__.index(RotaryEmbedding)]
+    return not any(name.startswith("forward") for ancestor in own for name in vars(ancestor))
 
 
 def _read_long_rope(
@@ -330,16 +258,11 @@ def _read_long_rope(
     return module._compute_inv_freq(factors), magnitude, rows
 
 
-def _check_against_table(spec: RotarySpec, table: torch.Tensor, kind: str, layer_name: str) -> None:
+def _check_against_table(spec: RotarySpec, table: torch.Tensor, what: str) -> None:
     rows = table.to("cpu", torch.float64)
     angles = torch.arange(len(rows), dtype=torch.float64)[:, None] * spec.inv_freq
     expected = torch.cat((angles.cos(), angles.sin()), dim=-1) * spec.magnitude
     # A table in the model's dtype is off by its rounding; angles below 256 rad add 2**-17.
     tolerance = spec.magnitude * (torch.finfo(table.dtype).eps + 2**-16)
     if rows.shape != expected.shape or not torch.allclose(rows, expected, 0.0, tolerance):
-        raise UnsupportedError(
-            [
-                f"layer {layer_name}: the table of its rotary module ({kind}) is not what its "
-                "parameters say"
-            ]
-        )
+        raise UnsupportedError([f"{what}: its table isn't what its parameters say"])
