@@ -3,13 +3,16 @@
 The platform is NVIDIA's and the tensors are the CPU's, where Triton's kernels are interpreted.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from vllm.compilation.backends import split_graph
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import (
     destroy_distributed_environment,
@@ -19,6 +22,7 @@ from vllm.distributed.parallel_state import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -216,6 +220,53 @@ class TestGraphs:
         assert builder.supports_draft_decode_metadata_update
         by_layer, *_ = runner.metadata({0: (7, 8)}, padded=0)
         builder.update_draft_decode_metadata(next(iter(by_layer.values())))
+
+
+class TestCompiledPieces:
+    """A compiled model is cut at every attention, and what a piece computes of the positions is
+    computed in every piece."""
+
+    def pieces(self, model: nn.Module, config: VllmConfig) -> list[list[str]]:
+        """The operators of each piece between two layers' attention, by name."""
+        graphs = []
+
+        def cut(graph: torch.fx.GraphModule, _: object) -> Any:
+            operators = config.compilation_config._attention_ops
+            graphs.append(split_graph(graph, operators))
+            return graph.forward
+
+        torch._dynamo.reset()
+        ids = torch.zeros(6, dtype=torch.int64)
+        with torch.no_grad(), set_forward_context(None, config, num_tokens=6):
+            torch.compile(model, backend=cut, fullgraph=True)(ids, torch.arange(6), None)
+        ((_, pieces),) = graphs
+        return [
+            [str(node.target) for node in piece.graph.graph.nodes if node.op.startswith("call_")]
+            for piece in pieces
+            if not piece.is_splitting_graph
+        ]
+
+    def test_one_launch_turns_a_layers_heads(
+        self, runner: Runner, config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As with vLLM's own operator: one in each of the pieces that end in an attention, and
+        nothing else of LMINF in any."""
+        decoder = runner.model.model
+        num_layers = len(decoder.layers)
+        found = self.pieces(decoder, config)
+        monkeypatch.setattr(config.compilation_config, "custom_ops", ["none", "+rotary_embedding"])
+        stock = get_rope(16, 1000, True, {"rope_type": "default", "rope_theta": 10000.0})
+        for layer in decoder.layers:
+            monkeypatch.setitem(layer.self_attn._modules, "rotary_emb", stock)
+        expected = self.pieces(decoder, config)
+        assert len(found) == len(expected) == num_layers + 1
+        for i, (piece, stocks) in enumerate(zip(found, expected, strict=True)):
+            launches = [name for name in piece if name.startswith("lminf.")]
+            assert launches == ["lminf.turn_heads"] * (i < num_layers)
+            assert len(launches) == sum("_C.rotary_embedding" in name for name in stocks)
+            # The others are views and the model's own.
+            rest = Counter(piece) - Counter(stocks) - Counter(launches)
+            assert set(rest) <= {"flatten", "<built-in function getitem>"}, rest
 
 
 def test_as_the_oracle(runner: Runner, folder: Path) -> None:
