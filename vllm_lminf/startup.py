@@ -214,9 +214,9 @@ def _kernel_reasons(config: "VllmConfig") -> list[str]:
         for kernel, against in choice.against.items()
         for reason in against
     ]
-    if asked == "flash":
+    if asked in ("flash", "hybrid"):
         absent = compat.reasons_against_flash_attention()
-        return reasons + [f"kernel 'flash'{named}: {reason}" for reason in absent]
+        return reasons + [f"kernel {asked!r}{named}: {reason}" for reason in absent]
     dtype = str(model.dtype).removeprefix("torch.")
     if asked == "cpu":
         try:

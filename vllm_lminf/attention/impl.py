@@ -100,7 +100,10 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             )
             if self.pattern.n_global > 0:
                 check_use(parent, self.rotary, layer_name, self.head_size)
-        layer = Layer(situation, self.rules, self.rotary, compiled, device, self.engine)
+        layer = Layer(
+            situation, self.rules, self.rotary, compiled, device, self.engine,
+            decode_len=1 + self.engine.num_speculative_tokens,
+        )  # fmt: skip
         self.kernel = LayerKernel(asked, layer)
 
     def _situation(self, device: torch.device, act_dtype: torch.dtype) -> Situation:

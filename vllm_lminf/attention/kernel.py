@@ -7,6 +7,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_lminf import compat
 from vllm_lminf.attention.metadata import LambdaMetadata, Rotary
@@ -34,6 +35,7 @@ class Layer:
         compiled: the compiled kernel for CPUs, or None where it can't be had.
         device: where the model is.
         engine: what the layer is part of; layers of one engine run one after the other.
+        decode_len: queries of a request that decodes, its drafts included.
     """
 
     situation: Situation
@@ -42,6 +44,7 @@ class Layer:
     compiled: cpu.CpuLayer | None
     device: torch.device
     engine: object
+    decode_len: int = 1
 
     @property
     def far_rotary(self) -> Rotary | None:
@@ -54,11 +57,11 @@ class Kernel(Protocol):
     block stores its keys and values.
 
     Attributes:
-        runs_in_graphs: whether a step may be captured in a CUDA graph: nothing waits for the
-            device, and what is launched depends on shapes alone.
+        in_graphs: which steps may be captured in a CUDA graph: those in which nothing waits for
+            the device, and what is launched depends on shapes alone.
     """
 
-    runs_in_graphs: ClassVar[bool]
+    in_graphs: ClassVar[AttentionCGSupport]
 
     def write_cache(
         self,
@@ -105,9 +108,9 @@ class LayerKernel:
         """
         return self._settle(block_size, dtype)[0]
 
-    def runs_in_graphs(self, block_size: int, dtype: torch.dtype) -> bool:
-        """Whether the kernel for such a cache may be captured in a CUDA graph."""
-        return self._settle(block_size, dtype)[1].runs_in_graphs
+    def in_graphs(self, block_size: int, dtype: torch.dtype) -> AttentionCGSupport:
+        """Which steps of the kernel for such a cache may be captured in a CUDA graph."""
+        return self._settle(block_size, dtype)[1].in_graphs
 
     def write_cache(
         self,
@@ -163,7 +166,7 @@ class LayerKernel:
 class CompiledKernel:
     """`vllm_lminf.kernels.cpu`."""
 
-    runs_in_graphs: ClassVar[bool] = False
+    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def __init__(self, layer: Layer) -> None:
         if layer.compiled is None:
@@ -199,7 +202,7 @@ class ReferenceKernel:
     """`vllm_lminf.kernels.paged`. It goes through a batch on the host, which on a GPU means that
     the first layer of every step waits for the device."""
 
-    runs_in_graphs: ClassVar[bool] = False
+    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def __init__(self, layer: Layer) -> None:
         self._layer = layer
@@ -276,13 +279,13 @@ class _GpuKernel:
 class TritonKernel(_GpuKernel):
     """`vllm_lminf.kernels.triton`."""
 
-    runs_in_graphs: ClassVar[bool] = True
+    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
 
 class XformersKernel(_GpuKernel):
     """`vllm_lminf.kernels.xformers`. For prefill it has to know lengths on the host."""
 
-    runs_in_graphs: ClassVar[bool] = False
+    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def __init__(self, layer: Layer) -> None:
         from vllm_lminf.kernels.xformers import XformersLayer
@@ -294,7 +297,7 @@ class XformersKernel(_GpuKernel):
 class FlashKernel(_GpuKernel):
     """`vllm_lminf.kernels.flash`. That its launches may be captured was never tried."""
 
-    runs_in_graphs: ClassVar[bool] = False
+    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def __init__(self, layer: Layer) -> None:
         from vllm_lminf.kernels.flash import FlashLayer
@@ -304,9 +307,25 @@ class FlashKernel(_GpuKernel):
         self._attending = FlashLayer(*_description(layer), _workspace(layer), attend)
 
 
+class HybridKernel(_GpuKernel):
+    """`vllm_lminf.kernels.hybrid`. Steps in which every request decodes are Triton's alone."""
+
+    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, layer: Layer) -> None:
+        from vllm_lminf.kernels.hybrid import HybridLayer
+
+        super().__init__(layer)
+        attend = compat.flash_attention(layer.situation.heads.head_size)
+        self._attending = HybridLayer(
+            *_description(layer), _workspace(layer), attend, layer.decode_len
+        )
+
+
 _MAKERS: dict[str, Callable[[Layer], Kernel]] = {
     "cpu": CompiledKernel,
     "flash": FlashKernel,
+    "hybrid": HybridKernel,
     "reference": ReferenceKernel,
     "triton": TritonKernel,
     "xformers": XformersKernel,

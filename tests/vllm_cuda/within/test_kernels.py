@@ -1,12 +1,21 @@
 """How a layer hands its cache and batch to the kernels for GPUs that can't run here."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_lminf import compat
-from vllm_lminf.attention.kernel import FlashKernel, Kernel, Layer, TritonKernel, XformersKernel
+from vllm_lminf.attention.kernel import (
+    FlashKernel,
+    HybridKernel,
+    Kernel,
+    Layer,
+    TritonKernel,
+    XformersKernel,
+)
 from vllm_lminf.attention.metadata import LambdaMetadata
 from vllm_lminf.kernels import xformers
 from vllm_lminf.kernels.interface import DeviceBatch, Heads, PagedCache, ScoreRules, Situation
@@ -41,6 +50,16 @@ def test_triton() -> None:
     torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
 
 
+@pytest.mark.parametrize("decode_len", [1, 3])
+def test_hybrid(decode_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step in which a request decodes doesn't come near FlashAttention, and may be captured."""
+    monkeypatch.setattr(compat, "flash_attention", lambda head_size: "not to be called")
+    kernel = HybridKernel(replace(LAYER, decode_len=decode_len))
+    _, value, output = write_and_attend(kernel)
+    torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
+    assert HybridKernel.in_graphs is AttentionCGSupport.UNIFORM_BATCH
+
+
 def test_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashAttention is handed pages as views of vLLM's cache."""
 
@@ -55,7 +74,7 @@ def test_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "flash_attention", lambda head_size: attend)
     _, value, output = write_and_attend(FlashKernel(LAYER))
     torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
-    assert not FlashKernel.runs_in_graphs
+    assert FlashKernel.in_graphs is AttentionCGSupport.NEVER
 
 
 def test_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,4 +90,4 @@ def test_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xformers, "XformersLayer", Recorder)
     _, value, output = write_and_attend(XformersKernel(LAYER))
     torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
-    assert not XformersKernel.runs_in_graphs
+    assert XformersKernel.in_graphs is AttentionCGSupport.NEVER

@@ -11,7 +11,14 @@ from vllm_lminf.kernels.triton.softmax import LOG2_E, begin
 from vllm_lminf.kernels.triton.tiles import request_of_tile
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(
+    # What changes from step to step: a kernel is compiled once for all values.
+    do_not_specialize=[
+        "num_requests", "stride_table", "stride_lse_head",
+        "stride_query_token", "stride_query_head", "stride_output_token", "stride_output_head",
+    ],
+    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "block_table", "lse"],
+)  # fmt: skip
 def join_kernel(
     query, key, value, output, lse,
     query_start_loc, seq_lens, block_table, angles, slopes, sinks, key_scale, value_scale,

@@ -65,7 +65,10 @@ def _turn(
         tl.store(target + dims, x.to(turned.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    # What depends on the number of tokens: strides mean nothing where there is one.
+    do_not_specialize_on_alignment=["positions"],
+)
 def turn_kernel(
     positions, angles, query, key, turned_query, turned_key, magnitude,
     stride_query_token, stride_query_head, stride_key_token, stride_key_head,
@@ -127,7 +130,8 @@ def turn_heads(
     turned_key = query.new_empty(0)
     num_tokens = positions.shape[0]
     heads = _as_heads(query, num_tokens, head_size)
-    kv_heads, num_kv_heads, key_strides = None, 0, (0, 0)
+    kv_heads, num_kv_heads = None, 0
+    key_strides: tuple[int, ...] = (0, 0)
     if key is not None:
         turned_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
         kv_heads = _as_heads(key, num_tokens, head_size)

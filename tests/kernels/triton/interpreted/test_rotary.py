@@ -87,7 +87,7 @@ def test_slices_and_flat_heads(is_neox_style: bool) -> None:
     positions = torch.tensor([7, 10**6, 3])
     tables, arguments = RotationTables(spec.inv_freq).tables, (32, is_neox_style, 1.0)
     qkv = torch.randn(3, 8 * 32)
-    query, key, value = qkv.split([4 * 32, 2 * 32, 2 * 32], dim=-1)
+    query, key, _ = qkv.split([4 * 32, 2 * 32, 2 * 32], dim=-1)
     before = qkv.clone()
     turned_query, turned_key = turn_heads(positions, query, key, tables, *arguments)
     assert torch.equal(qkv, before), "out of place"
