@@ -40,6 +40,11 @@ def join_kernel(
         lse: float32 [heads, tokens], the window's log-sum-exp, replaced likewise.
         IS_DECODE: one tile holds all queries of any request.
     """
+    # They are multiples of 8, which Triton isn't told of arguments that it doesn't specialise.
+    stride_query_token = stride_query_token // 8 * 8
+    stride_query_head = stride_query_head // 8 * 8
+    stride_output_token = stride_output_token // 8 * 8
+    stride_output_head = stride_output_head // 8 * 8
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     if IS_DECODE:
         request, skipped = tile, 0

@@ -66,15 +66,18 @@ def _turn(
 
 
 @triton.jit(
-    # What depends on the number of tokens: strides mean nothing where there is one.
+    # What changes with the number of tokens: a kernel is compiled once for all values.
+    do_not_specialize=[
+        "stride_query_token", "stride_query_head", "stride_key_token", "stride_key_head",
+    ],
     do_not_specialize_on_alignment=["positions"],
-)
+)  # fmt: skip
 def turn_kernel(
     positions, angles, query, key, turned_query, turned_key, magnitude,
     stride_query_token, stride_query_head, stride_key_token, stride_key_head,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, QUERY_TILES: tl.constexpr,
     TILE_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIMS: tl.constexpr,
-    HALF: tl.constexpr, PAIRS: tl.constexpr, IS_NEOX: tl.constexpr,
+    HALF: tl.constexpr, PAIRS: tl.constexpr, IS_NEOX: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """TILE_HEADS heads of one token; grid (tokens, tiles of query heads, then of key heads).
 
@@ -83,7 +86,13 @@ def turn_kernel(
         angles: int64 [4096, HALF], the tables, see `angles`.
         turned_query, turned_key: [tokens, heads, HEAD_SIZE], contiguous.
         magnitude: factor on every rotated dimension.
+        ALIGNMENT: what the strides, which are divided by it, are multiples of. (A hint about an
+            argument is lost: Triton takes them of what is computed.)
     """
+    stride_query_token *= ALIGNMENT
+    stride_query_head *= ALIGNMENT
+    stride_key_token *= ALIGNMENT
+    stride_key_head *= ALIGNMENT
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     position = tl.load(positions + token).to(tl.int32)
@@ -142,12 +151,16 @@ def turn_heads(
     half, dims = tables.shape[1], power_of_two(head_size)
     tile_heads = max(1, min(power_of_two(max(num_heads, num_kv_heads)), _TILE_ELEMENTS // dims))
     query_tiles = cdiv(num_heads, tile_heads)
+    strides = *heads.stride()[:2], *key_strides
+    alignment = 1 if any(stride % 8 for stride in strides) else 8
     turn_kernel[num_tokens, query_tiles + cdiv(num_kv_heads, tile_heads)](
         positions, tables.view(torch.int64).squeeze(-1), heads, kv_heads, turned_query,
-        None if key is None else turned_key, magnitude, *heads.stride()[:2], *key_strides,
+        None if key is None else turned_key, magnitude,
+        *(stride // alignment for stride in strides),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, QUERY_TILES=query_tiles,
         TILE_HEADS=tile_heads, HEAD_SIZE=head_size, DIMS=dims, HALF=half,
         PAIRS=power_of_two(half), IS_NEOX=is_neox_style,
+        ALIGNMENT=alignment,
     )  # fmt: skip
     return turned_query, turned_key
 
