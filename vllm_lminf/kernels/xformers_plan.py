@@ -13,11 +13,9 @@ from xformers.ops import fmha
 from xformers.ops.fmha import attn_bias
 
 from vllm_lminf.kernels.interface import DeviceBatch, PagedCache, Rotation
+from vllm_lminf.kernels.xformers import FEW_QUERIES
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import MAX_POSITION
-
-FEW_QUERIES = 8
-"""Up to so many queries of a request are sequences of their own."""
 
 
 @dataclass(frozen=True)
