@@ -1,6 +1,6 @@
 """The kernel of a layer: chosen, made, and called in the same way whichever it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_lminf import compat
 from vllm_lminf.attention.metadata import LambdaMetadata, Rotary
-from vllm_lminf.kernels import cpu, paged
+from vllm_lminf.kernels import cpu, flash, paged, xformers
 from vllm_lminf.kernels.choice import choose
 from vllm_lminf.kernels.interface import Heads, PagedCache, Rotation, ScoreRules, Situation
 from vllm_lminf.kernels.native.build import BuildError
@@ -45,6 +45,14 @@ class Layer:
     device: torch.device
     engine: object
     decode_len: int = 1
+
+    @property
+    def alike(self) -> Hashable:
+        """Equal for layers that kernels are compiled for alike."""
+        rotary, rules = self.far_rotary, self.rules
+        style = None if rotary is None else (rotary.spec.rotary_dim, rotary.spec.is_neox_style)
+        sinks = None if rules.sinks is None else rules.sinks.dtype
+        return self.situation, style, rules.softcap, sinks
 
     @property
     def far_rotary(self) -> Rotary | None:
@@ -83,6 +91,36 @@ class Kernel(Protocol):
     ) -> None:
         """Attention of a batch; see `vllm_lminf.kernels.paged.lambda_attention`."""
 
+    def warm_up(
+        self,
+        kv_cache: torch.Tensor,
+        max_requests: int,
+        max_query_len: int,
+        scales: Scales | None,
+    ) -> None:
+        """Compiles and loads whatever the two above may launch; see `LayerKernel`."""
+
+
+class _ForHosts:
+    """What the kernels that compile nothing at run time have in common."""
+
+    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+    def warm_up(
+        self,
+        kv_cache: torch.Tensor,
+        max_requests: int,
+        max_query_len: int,
+        scales: Scales | None,
+    ) -> None:
+        """Nothing to do."""
+
+
+def scales_of(layer: Any) -> Scales | None:
+    """What the stored keys and values of one of vLLM's layers are multiplied with."""
+    key_scale, value_scale = getattr(layer, "_k_scale", None), getattr(layer, "_v_scale", None)
+    return None if key_scale is None or value_scale is None else (key_scale, value_scale)
+
 
 class LayerKernel:
     """What a layer does with its cache, by the kernel that suits this cache.
@@ -99,6 +137,9 @@ class LayerKernel:
         self._asked = asked
         self._layer = layer
         self._settled: dict[tuple[int, torch.dtype], tuple[str, Kernel]] = {}
+        # vLLM counts what is on the device once the model is loaded, before there is a cache.
+        self._likely = choose(asked, layer.situation).kernel
+        self._workspace = _workspace(layer) if self._likely in _ON_GPUS else None
 
     def name(self, block_size: int, dtype: torch.dtype) -> str:
         """Which kernel runs on such a cache; one of the settings.
@@ -111,6 +152,28 @@ class LayerKernel:
     def in_graphs(self, block_size: int, dtype: torch.dtype) -> AttentionCGSupport:
         """Which steps of the kernel for such a cache may be captured in a CUDA graph."""
         return self._settle(block_size, dtype)[1].in_graphs
+
+    def compiled_for(self, kv_cache: torch.Tensor) -> Hashable:
+        """Equal for layers and caches whose kernels are compiled alike."""
+        name, _ = self._settle(kv_cache.shape[2], kv_cache.dtype)
+        return name, self._layer.alike, kv_cache.dtype, kv_cache.shape[1:], kv_cache.stride()
+
+    def warm_up(
+        self,
+        kv_cache: torch.Tensor,
+        max_requests: int,
+        max_query_len: int,
+        scales: Scales | None = None,
+    ) -> None:
+        """Compiles and loads what steps of up to so many requests and queries may launch."""
+        kernel = self._settle(kv_cache.shape[2], kv_cache.dtype)[1]
+        kernel.warm_up(kv_cache, max_requests, max_query_len, scales)
+
+    def take_memory(self, num_tokens: int, max_requests: int) -> None:
+        """Takes, for a moment, as much memory of the device as a step does besides its results."""
+        if self._likely in _ON_GPUS:
+            size = _ON_GPUS[self._likely](self._layer.situation, num_tokens, max_requests)
+            torch.empty(size, dtype=torch.uint8, device=self._layer.device)
 
     def write_cache(
         self,
@@ -163,10 +226,8 @@ class LayerKernel:
         return choice.kernel
 
 
-class CompiledKernel:
+class CompiledKernel(_ForHosts):
     """`vllm_lminf.kernels.cpu`."""
-
-    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def __init__(self, layer: Layer) -> None:
         if layer.compiled is None:
@@ -198,11 +259,9 @@ class CompiledKernel:
         self._layer.lambda_attention(query, kv_cache, batch, output)
 
 
-class ReferenceKernel:
+class ReferenceKernel(_ForHosts):
     """`vllm_lminf.kernels.paged`. It goes through a batch on the host, which on a GPU means that
     the first layer of every step waits for the device."""
-
-    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def __init__(self, layer: Layer) -> None:
         self._layer = layer
@@ -275,6 +334,19 @@ class _GpuKernel:
         cache = paged_cache(kv_cache, self._cache_dtype, scales)
         self._attending.lambda_attention(query, cache, metadata.batch, output)
 
+    def warm_up(
+        self,
+        kv_cache: torch.Tensor,
+        max_requests: int,
+        max_query_len: int,
+        scales: Scales | None,
+    ) -> None:
+        """See `Kernel`."""
+        cache = paged_cache(kv_cache, self._cache_dtype, scales)
+        self._attending.warm_up(cache, max_requests, max_query_len)
+        if self._attending is not self._triton:
+            self._triton.warm_up(cache, 1, 1)  # writes the cache
+
 
 class TritonKernel(_GpuKernel):
     """`vllm_lminf.kernels.triton`."""
@@ -330,6 +402,16 @@ _MAKERS: dict[str, Callable[[Layer], Kernel]] = {
     "triton": TritonKernel,
     "xformers": XformersKernel,
 }
+
+
+_ON_GPUS: dict[str | None, Callable[[Situation, int, int], int]] = {
+    "flash": flash.temporary_bytes,
+    "hybrid": flash.temporary_bytes,
+    "triton": lambda *_: 0,
+    "xformers": xformers.temporary_bytes,
+}
+"""The kernels that Triton's are part of, each with the bytes that a step of so many tokens and
+requests allocates for a while."""
 
 
 def paged_cache(kv_cache: torch.Tensor, dtype: torch.dtype, scales: Scales | None) -> PagedCache:

@@ -11,8 +11,8 @@ keys in the window, ``q`` queries of a request:
   Tflop/s that is 68 ns a token and layer; 0.65 to 0.75 of that speed is what FlashAttention 3 is
   known for.
 - It moves ``4 * h * d`` bytes of queries and outputs a token, 16 KiB, and reads ``(w + q) * 4 * k *
-  d`` bytes of keys and values once from memory, 2 KiB a token of a chunk of 8192: 5 ns a token at
-  3.35 TB/s. It is bound by its products.
+  d`` bytes of keys and values from memory once, 6 KiB a token of a chunk of 8192 for k = 8: 7 ns a
+  token at 3.35 TB/s. It is bound by its products.
 - The join reads queries, outputs and log-sum-exps and writes outputs, ``6 * h * d`` bytes a token,
   24 KiB: 7 ns a token, a tenth of the products' time. It computes ``4 * h * d * n_global`` flops a
   token, 0.2 ns for 10 keys. Rows that see no global key behind their window, the first ``w`` of a
@@ -77,6 +77,14 @@ def reasons_against(situation: Situation) -> list[str]:
     if situation.has_alibi:
         reasons.append("ALiBi: FlashAttention 3 and newer have none; choose kernel triton")
     return reasons + [f"the prefix: {reason}" for reason in triton_layer.reasons_against(situation)]
+
+
+def temporary_bytes(situation: Situation, num_tokens: int, max_requests: int) -> int:
+    """What a step allocates for a while: log-sum-exps, and the cut-down block table with its
+    indices of 64 bits. FlashAttention's own workspace, some bytes a tile, is left out."""
+    columns = cdiv(situation.pattern.n_local - 1 + num_tokens, situation.block_size) + 1
+    requests = min(max_requests, num_tokens)
+    return 4 * num_tokens * situation.heads.num_heads + 20 * requests * columns
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,7 @@ class FlashLayer:
         if rules.alibi_slopes is not None:
             raise ValueError("FlashAttention 3 and newer serve no ALiBi")
         self._attend = attend
+        self._heads = heads
         self._n_local = pattern.n_local
         self._window = [pattern.n_local - 1, 0]
         self._scale = float(rules.scale)
@@ -185,3 +194,23 @@ class FlashLayer:
             out=output,
         )
         self._joining.join_global_branch(query, cache, batch, output, lse)
+
+    def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
+        """Compiles and loads whatever `lambda_attention` can launch.
+
+        FlashAttention is called for one token of a request in the cache's first block, which
+        belongs to nobody: what is read there is used for nothing.
+
+        Args:
+            cache: see `TritonLayer.warm_up`.
+            max_requests: likewise.
+            max_query_len: likewise.
+        """
+        heads, device = self._heads, cache.key.device
+        shape = 2, 1, heads.num_heads, heads.head_size
+        query, output = torch.zeros(shape, dtype=heads.dtype, device=device)
+        start = torch.arange(2, dtype=torch.int32, device=device)
+        for queries in {1, max_query_len}:
+            batch = DeviceBatch(start, start[1:], torch.zeros_like(start[:1, None]), queries)
+            self.lambda_attention(query, cache, batch, output)
+        self._joining.warm_up_join(cache, max_query_len)

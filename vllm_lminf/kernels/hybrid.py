@@ -95,6 +95,11 @@ class HybridLayer:
         if batch.seq_lens.shape[0] > 1 or batch.max_query_len <= self._in_a_tile:
             self._triton.lambda_attention(query, cache, few, output)
 
+    def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
+        """Compiles and loads whatever `lambda_attention` can launch; see `TritonLayer.warm_up`."""
+        self._triton.warm_up(cache, max_requests, max(self._num_few, self._in_a_tile))
+        self._flash.warm_up(cache, max_requests, max_query_len)
+
     def _parts(self, batch: DeviceBatch) -> tuple[DeviceBatch, DeviceBatch]:
         """The batch for Triton's kernels, which leave alone requests of more queries than it says
         that there are, and for FlashAttention; made once a step for layers that are alike."""

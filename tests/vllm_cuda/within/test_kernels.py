@@ -8,16 +8,19 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_lminf import compat
+from vllm_lminf.attention import kernel
 from vllm_lminf.attention.kernel import (
     FlashKernel,
     HybridKernel,
     Kernel,
     Layer,
+    LayerKernel,
     TritonKernel,
     XformersKernel,
 )
 from vllm_lminf.attention.metadata import LambdaMetadata
 from vllm_lminf.kernels import xformers
+from vllm_lminf.kernels.choice import Choice
 from vllm_lminf.kernels.interface import DeviceBatch, Heads, PagedCache, ScoreRules, Situation
 from vllm_lminf.pattern import LambdaPattern
 
@@ -91,3 +94,22 @@ def test_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
     _, value, output = write_and_attend(XformersKernel(LAYER))
     torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
     assert XformersKernel.in_graphs is AttentionCGSupport.NEVER
+
+
+@pytest.mark.parametrize("asked", ["flash", "hybrid", "xformers"])
+def test_memory_of_a_step(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken for a moment in a run without attention, which is where vLLM looks."""
+    monkeypatch.setattr(kernel, "choose", lambda *_: Choice(asked, {}))
+    taken = []
+    empty = torch.empty
+
+    def record(*size: Any, **options: Any) -> torch.Tensor:
+        taken.append(size)
+        return empty(*size, **options)
+
+    layer_kernel = LayerKernel(asked, LAYER)
+    monkeypatch.setattr(torch, "empty", record)
+    layer_kernel.take_memory(1000, 8)
+    ((size,),) = taken
+    log_sum_exps, keys = 4 * 1000 * 4, 2 * 4 * (8 * 8 + 1000) * 2 * 16
+    assert size >= (keys if asked == "xformers" else log_sum_exps)
