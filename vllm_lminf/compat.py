@@ -334,6 +334,32 @@ def leave_adapters_out(model: torch.nn.Module, num_tokens: int) -> None:
         manager.set_adapter_mapping(LoRAMapping(none, none, is_prefill=True))
 
 
+def register_warm_up(engine: VllmConfig, warm_up: Callable[[VllmConfig], None]) -> None:
+    """Has vLLM call ``warm_up(engine)`` once caches are there, before it captures graphs and says
+    that it is ready. Called while a model is being loaded; once for an engine, however often.
+
+    It is vLLM's registry of what compiles at run time, which wants for each kernel the keys that it
+    is compiled by. Ours are known to the kernels; to vLLM an engine is one key. With
+    --enforce-eager vLLM warms up nothing.
+    """
+    from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
+
+    class WarmUp(VllmJitKernel[int]):
+        def __hash__(self) -> int:
+            return hash((WarmUp.__qualname__, id(engine)))
+
+        def __eq__(self, other: object) -> bool:
+            return hash(self) == hash(other)
+
+        def get_warmup_keys(self) -> list[int]:
+            return [0]
+
+        def compile(self, compile_key: int) -> None:
+            warm_up(engine)
+
+    WarmUp().register_warmup()
+
+
 def reasons_against_flash_attention() -> list[str]:
     """Why the FlashAttention that vLLM ships can't be had here; empty where it can."""
     from vllm.platforms import current_platform

@@ -7,6 +7,7 @@ import pytest
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_lminf.attention import kernel
 from vllm_lminf.attention.kernel import Layer, LayerKernel, compile_layer, paged_cache
@@ -121,8 +122,9 @@ class TestChoice:
 
     def test_none_runs_in_graphs_on_a_cpu(self) -> None:
         compiled = make_layer(cpu.CpuLayer(2, 2, 16, torch.float32, ScoreRules(0.25)))
-        assert not LayerKernel("auto", compiled).runs_in_graphs(16, torch.float32)
-        assert not LayerKernel("reference", compiled).runs_in_graphs(16, torch.float32)
+        for asked in ("auto", "reference"):
+            support = LayerKernel(asked, compiled).in_graphs(16, torch.float32)
+            assert support is AttentionCGSupport.NEVER
 
     def test_eight_bits_are_stored_as_bytes(self) -> None:
         """vLLM calls such a cache bytes; what they are, the layer was told."""

@@ -126,11 +126,18 @@ def window_tile(
     return update(weighted, total, largest, scores, unit, v.to(query.dtype))
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(
+    # What changes from step to step: a kernel is compiled once for all values.
+    do_not_specialize=[
+        "num_requests", "num_rows", "skip", "stride_table",
+        "stride_query_token", "stride_query_head", "stride_output_token", "stride_output_head",
+    ],
+    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "block_table"],
+)  # fmt: skip
 def attention_kernel(
     query, key, value, output, partial, partial_lse,
     query_start_loc, seq_lens, block_table, angles, slopes, sinks, key_scale, value_scale,
-    scale, num_requests,
+    scale, num_requests, num_rows, skip,
     stride_query_token, stride_query_head, stride_output_token, stride_output_head,
     stride_key_block, stride_key_head, stride_key_token,
     stride_value_block, stride_value_head, stride_value_token, stride_table,
@@ -139,20 +146,26 @@ def attention_kernel(
     HALF: tl.constexpr, IS_NEOX: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_QUERIES: tl.constexpr,
     TILE_KEYS: tl.constexpr, TILE_GLOBAL: tl.constexpr,
-    IS_DECODE: tl.constexpr, SKIP: tl.constexpr,
+    IS_DECODE: tl.constexpr,
 ):  # fmt: skip
     """Λ-attention of one tile of rows; grid (tiles, key heads, splits).
 
     Args:
-        query, output: rows of the batch, [tokens, heads, HEAD_SIZE].
+        query, output: rows of the batch, [tokens, heads, HEAD_SIZE]; strides are multiples of 8.
         key, value: the cache, see `PagedCache`.
         partial, partial_lse: where splits leave their results, see `reduce`; None without splits.
         angles: see `angles`; None where nothing is rotated.
         slopes, sinks, key_scale, value_scale: None where there are none.
+        num_rows: of a tile that there is room for in `partial`.
+        skip: where IS_DECODE isn't, requests with no more queries are left alone.
         HALF, IS_NEOX: of the rotation.
         IS_DECODE: one tile holds all queries of a request, and requests with more queries are
-            left alone. Otherwise requests with no more than SKIP are.
+            left alone.
     """
+    stride_query_token = tl.multiple_of(stride_query_token, 8)
+    stride_query_head = tl.multiple_of(stride_query_head, 8)
+    stride_output_token = tl.multiple_of(stride_output_token, 8)
+    stride_output_head = tl.multiple_of(stride_output_head, 8)
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if IS_DECODE:
         request, skipped = tile, 0
@@ -163,7 +176,7 @@ def attention_kernel(
     if IS_DECODE:
         if query_len > TILE_QUERIES:
             return
-    elif query_len <= SKIP:
+    elif query_len <= skip:
         return
     if skipped >= query_len:
         return
@@ -196,9 +209,9 @@ def attention_kernel(
     begin_at, end_at = 0, global_tiles + window_end - window_start
     if IS_DECODE:
         # This program's part of all tiles, those of the global branch first.
-        share = tl.cdiv(end_at, tl.num_programs(2))
-        begin_at = split * share
-        end_at = tl.minimum(begin_at + share, end_at)
+        share, rest = end_at // tl.num_programs(2), end_at % tl.num_programs(2)
+        begin_at = split * share + tl.minimum(split, rest)
+        end_at = begin_at + share + tl.where(split < rest, 1, 0)
 
     weighted = tl.zeros((TILE_ROWS, DIMS), tl.float32)
     largest, total = begin(sinks, head, split == 0)
@@ -267,7 +280,7 @@ def attention_kernel(
         tl.store(output_row[:, None] + dims[None, :], result.to(output.dtype.element_ty), present)
     else:
         program = (tile * tl.num_programs(1) + kv_head) * tl.num_programs(2) + split
-        partial_row = program.to(tl.int64) * TILE_ROWS + rows
+        partial_row = program.to(tl.int64) * num_rows + rows
         lse = tl.where(has_keys, largest + tl.log2(total), float("-inf"))
         tl.store(partial_lse + partial_row, lse, mask=valid)
         tl.store(partial + partial_row[:, None] * DIMS + dims[None, :], result, mask=valid[:, None])

@@ -16,6 +16,7 @@ What a step costs, for heads of ``d`` dimensions, ``w`` keys in the window, elem
 - The global branch adds ``n_global`` keys to ``w``, and turns the tile of queries once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,8 +29,14 @@ MAX_DECODE_ROWS = 64
 of them, and its keys are split among programs."""
 
 _MIN_ROWS = 16
-_PROGRAMS_PER_MULTIPROCESSOR = 4
-_MIN_TILES_PER_SPLIT = 2
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+_MOST_WAVES = 16
+"""Splits leave no more programs than fill a device so many times."""
+_SPLIT_TILES = 0.5
+"""What a split costs beside its tiles, in tiles: its first copies, and handing over its result. A
+guess: nothing here was measured on a device."""
+_PARTIAL_BYTES = 2**25
+"""Room for partial results, at the most."""
 
 
 def power_of_two(n: int) -> int:
@@ -139,23 +146,119 @@ def join_plan(
     return replace(plan, rows=rows, queries=rows // group)
 
 
-def num_splits(programs: int, pattern: LambdaPattern, plan: Plan, multiprocessors: int) -> int:
+def num_splits(programs: int, tiles: int, slots: int, most: int) -> int:
     """Among how many programs the keys of a tile are split.
 
-    Enough for every multiprocessor to have some, as long as each has keys to read.
+    As many programs as have room run at once, and as many again when these are done: what counts is
+    how many such waves there are, the last one seldom full, and how long the longest program of one
+    takes. Of equal times the fewest splits.
 
     Args:
         programs: how many there are without a split.
-        multiprocessors: of the device.
+        tiles: of keys, for each of them.
+        slots: programs that have room on the device.
+        most: splits that there is room for.
     """
-    tiles = cdiv(pattern.n_local, plan.keys) + cdiv(pattern.n_global, plan.global_keys) + 1
-    wanted = cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, programs)
-    return max(1, min(wanted, tiles // _MIN_TILES_PER_SPLIT))
+    best, best_time = 1, float(cdiv(programs, slots) * tiles)
+    for splits in range(2, min(tiles, most) + 1):
+        waves = cdiv(programs * splits, slots)
+        if waves > _MOST_WAVES:
+            break
+        time = waves * (cdiv(tiles, splits) + _SPLIT_TILES)
+        if time < best_time:
+            best, best_time = splits, time
+    return best
 
 
-def most_partial_rows(heads: Heads, multiprocessors: int) -> int:
-    """Rows of partial results that a step of one query a request leaves at the most.
+def slots_of(hardware: Hardware) -> int:
+    """How many programs of a decode step run at once."""
+    return _PROGRAMS_PER_MULTIPROCESSOR * hardware.multiprocessors
 
-    ``programs * num_splits`` is below ``wanted + programs``, and without a split there are none.
+
+def most_partial_rows(heads: Heads, hardware: Hardware) -> int:
+    """Rows of partial results that there is room for."""
+    row_bytes = 4 * (power_of_two(heads.head_size) + 1)
+    rows = _MOST_WAVES * slots_of(hardware) * decode_rows(heads, 1)
+    return min(rows, _PARTIAL_BYTES // row_bytes)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the attention of a batch launches.
+
+    Attributes:
+        short: for requests whose queries fit into one tile; None where there is no such launch.
+        splits: among how many programs a tile's keys are split in it.
+        long: for requests with more queries, or None.
     """
-    return 2 * _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors * decode_rows(heads, 1)
+
+    short: Plan | None
+    splits: int
+    long: Plan | None
+
+    @property
+    def skip(self) -> int:
+        """Requests with no more queries are left to the launch of the short ones."""
+        return 0 if self.short is None else self.short.queries
+
+
+def plan_step(
+    heads: Heads,
+    pattern: LambdaPattern,
+    cache_dtype: torch.dtype,
+    hardware: Hardware,
+    num_requests: int,
+    max_query_len: int,
+) -> Step:
+    """What is launched for a batch, which depends on nothing but these.
+
+    Args:
+        num_requests: in the batch, padding included; at least 1.
+        max_query_len: no request has more queries; at least 1.
+    """
+    rows = decode_rows(heads, max_query_len)
+    short = decode_plan(heads, pattern, cache_dtype, hardware, rows)
+    long = None
+    if max_query_len > short.queries:
+        long = prefill_plan(heads, pattern, cache_dtype, hardware)
+        if num_requests == 1:
+            return Step(None, 1, long)
+    programs = num_requests * heads.num_kv_heads
+    tiles = cdiv(pattern.n_local, short.keys) + cdiv(pattern.n_global, short.global_keys) + 1
+    room = most_partial_rows(heads, hardware) // (programs * short.rows)
+    return Step(short, num_splits(programs, tiles, slots_of(hardware), room), long)
+
+
+def steps_of_every_kind(
+    heads: Heads,
+    pattern: LambdaPattern,
+    cache_dtype: torch.dtype,
+    hardware: Hardware,
+    max_requests: int,
+    max_query_len: int,
+) -> Iterator[tuple[int, int]]:
+    """Steps that together launch every kernel that any step can launch.
+
+    A kernel is compiled for a `Plan`, and for whether keys are split. Everything else that changes
+    from step to step, the number of splits among it, is told to it when it is launched.
+
+    Args:
+        max_requests: no step has more requests.
+        max_query_len: no request has more queries.
+
+    Yields:
+        num_requests and max_query_len of a step.
+    """
+    lengths: dict[tuple[int, bool], int] = {}
+    for queries in range(1, min(max_query_len, MAX_DECODE_ROWS + 1) + 1):
+        rows = decode_rows(heads, queries)
+        group = heads.num_heads // heads.num_kv_heads
+        lengths.setdefault((rows, queries > rows // group), queries)
+    seen: set[tuple[Plan | None, bool]] = {(None, False)}
+    for queries in lengths.values():
+        for requests in range(1, max_requests + 1):
+            step = plan_step(heads, pattern, cache_dtype, hardware, requests, queries)
+            kinds = {(step.short, step.splits > 1), (step.long, False)}
+            if not kinds <= seen:
+                seen |= kinds
+                yield requests, queries
