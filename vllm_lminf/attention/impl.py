@@ -165,9 +165,9 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         if attn_metadata is None:
             if self.watch is not None:
                 self.watch(query, key, value)
-            else:
+            elif self.kernel is not None:
                 max_requests = self.engine.scheduler_config.max_num_seqs
-                self._ready_kernel().take_memory(query.shape[0], max_requests)
+                self.kernel.take_memory(query.shape[0], max_requests)
             return output.zero_()
         n = attn_metadata.num_actual_tokens
         scales = scales_of(layer)
