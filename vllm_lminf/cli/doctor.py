@@ -30,8 +30,8 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _LOAD_VLLM = """
 import sys
 from vllm import LLM
-from vllm_lminf import compat
-reasons = compat.unsupported_environment()
+from vllm_lminf import hosts
+reasons = hosts.unsupported_environment()
 sys.exit("; ".join(reasons) if reasons else 0)
 """
 
