@@ -163,8 +163,9 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError(["fused output quantisation: not served"])
         if attn_metadata is None:
-            max_requests = self.engine.scheduler_config.max_num_seqs
-            self._ready_kernel().take_memory(query.shape[0], max_requests)
+            if self.kernel is not None:
+                max_requests = self.engine.scheduler_config.max_num_seqs
+                self.kernel.take_memory(output.shape[0], max_requests)
             return output.zero_()
         n = attn_metadata.num_actual_tokens
         scales = scales_of(layer)
