@@ -167,7 +167,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
                 self.watch(query, key, value)
             elif self.kernel is not None:
                 max_requests = self.engine.scheduler_config.max_num_seqs
-                self.kernel.take_memory(query.shape[0], max_requests)
+                self.kernel.take_memory(output.shape[0], max_requests)
             return output.zero_()
         n = attn_metadata.num_actual_tokens
         scales = scales_of(layer)
