@@ -1,5 +1,6 @@
 """From the user's arguments to a configuration: the plugin in vLLM for GPUs."""
 
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from vllm.platforms.interface import DeviceCapability, Platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_lminf import compat, startup
+from vllm_lminf import compat, hosts, startup
 from vllm_lminf.kernels.choice import choose
 from vllm_lminf.startup import UnsupportedError
 
@@ -54,7 +55,7 @@ class TestEnvironment:
         assert current_platform.device_type == "cuda"
 
     def test_the_plugin_is_at_home(self) -> None:
-        assert compat.unsupported_environment() == []
+        assert hosts.unsupported_environment() == []
         assert "LMINF" in AttentionBackendEnum.__members__
 
     def test_what_is_wrapped_is_there(self) -> None:
@@ -64,6 +65,7 @@ class TestEnvironment:
             "CpuPlatform.get_attn_backend_cls",
             "Scheduler.make_stats",
             "StatLoggerManager.__init__",
+            "vllm.v1.engine.core.get_kv_cache_configs",
             "GPUModelRunner.sample_tokens",  # which is vLLM as it was on any device but a CPU
         }
 
@@ -125,12 +127,21 @@ class TestKernel:
             engine(model_path, "cpu")
 
     def test_every_reason_at_once(self, model_path: str) -> None:
-        for kernel in ("xformers", "flash"):
+        for kernel in ("xformers", "flash", "hybrid"):
             with pytest.raises(UnsupportedError) as refusal:
                 engine(model_path, kernel, block_size=8, kv_cache_dtype="fp8", dtype="float32")
             assert len(refusal.value.reasons) >= 3
             for reason in refusal.value.reasons:
                 assert reason.startswith(f"kernel {kernel!r} with --kv-cache-dtype fp8: ")
+
+    @pytest.mark.parametrize("kernel", ["flash", "hybrid"])
+    def test_flash_attention_by_name(
+        self, kernel: str, model_path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert chosen(engine(model_path, kernel)) == kernel
+        monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", None)
+        with pytest.raises(UnsupportedError, match=f"kernel '{kernel}': it isn't part of this"):
+            engine(model_path, kernel)
 
     @pytest.mark.parametrize("capability", [(8, 9), (9, 0)], indirect=True, ids=str)
     @pytest.mark.parametrize("word", ["fp8", "fp8_e4m3", "fp8_e5m2"])
@@ -150,5 +161,5 @@ class TestKernel:
 def test_no_platform_but_those(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm.platforms, "_current_platform", Platform())
     monkeypatch.setattr(Platform, "device_type", "tpu", raising=False)
-    (reason,) = compat.unsupported_environment()
+    (reason,) = hosts.unsupported_environment()
     assert "'tpu'" in reason
