@@ -20,6 +20,7 @@ import vllm.envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from vllm_lminf import speculation
 from vllm_lminf.config import BACKEND_NAME
@@ -46,7 +47,6 @@ def install(prepare: Callable[[EngineArgs], Finish | None]) -> None:
     _wrap_scheduler()
     _wrap_stat_loggers()
     _wrap_pool_planning()
-    _wrap_cpu_sampling()
 
 
 def uninstall() -> None:
@@ -54,6 +54,7 @@ def uninstall() -> None:
     while _originals:
         (owner, name), original = _originals.popitem()
         setattr(owner, name, original)
+    _cached_get_attn_backend.cache_clear()  # it remembers what a wrapper told it
     copyreg.dispatch_table.pop(AttentionBackendEnum, None)
 
 
@@ -136,6 +137,7 @@ def _wrap_cpu_platform() -> None:
                     f"{BACKEND_NAME} can't serve this model on the CPU: {'; '.join(reasons)}. "
                     f"It was asked for {attn_selector_config}"
                 )
+            _wrap_cpu_sampling()
             return backend_member().get_path()
 
         return classmethod(get_attn_backend_cls)
@@ -242,7 +244,10 @@ def _wrap_cpu_sampling() -> None:
     Such a request is given no generator for the step instead: what is thrown away comes from the
     common one, as it does for requests without a seed, and the request's own draws only what
     counts. A vLLM that sets no offset needs none of this, and nothing is wrapped in it.
+
+    Called where a CPU worker asks for LMINF's backend: other processes never load the runner.
     """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     if "set_offset" not in GPUModelRunner._bookkeeping_sync.__code__.co_names:
@@ -251,9 +256,8 @@ def _wrap_cpu_sampling() -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def sample_tokens(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
-            if (
-                self.device.type != "cpu"
-                or self.vllm_config.attention_config.backend is not backend_member()
+            if not isinstance(self, CPUModelRunner) or (
+                self.vllm_config.attention_config.backend is not backend_member()
             ):
                 return original(self, *args, **kwargs)
             generators = self.input_batch.generators
