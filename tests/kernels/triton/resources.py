@@ -139,6 +139,7 @@ class Usage:
         products: of warp groups in a row with no wait between, the most; 0 where there are none.
         copies: asynchronous copies of 16 bytes that stand in its code.
         overlaps: whether a loop computes on a tile while others are being copied.
+        narrow: loads and stores of two bytes of global memory, which rows aren't moved by.
     """
 
     architecture: str
@@ -154,6 +155,7 @@ class Usage:
     products: int
     copies: int
     overlaps: bool
+    narrow: int
 
     @property
     def programs(self) -> int:
@@ -250,6 +252,7 @@ def _usage(
         products,
         copies=len(re.findall(r"cp\.async\.cg\.shared\.global.*, 0x10,", code)),
         overlaps=bool(re.search(r"async_wait .*\{num = [1-9]", kernel.asm["ttgir"])),
+        narrow=len(re.findall(r"\b(?:ld|st)\.global\S*\.b16 ", code)),
     )
 
 

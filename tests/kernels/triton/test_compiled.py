@@ -19,6 +19,8 @@ MOST_SPILLED = 48
 """Bytes a thread: 12 registers, where a tile of 128 rows reads 8 bits from small blocks. What is
 served by default spills no more than DEFAULT_SPILLED."""
 DEFAULT_SPILLED = 16
+MOST_NARROW = 4
+"""Instructions; rows moved by two bytes would take 32 and more."""
 
 
 def compile_for(target: str, cache: Path) -> list[Usage]:
@@ -78,13 +80,22 @@ def test_decode_runs_two_programs_on_a_multiprocessor(
 
 
 def test_hopper_is_used_as_such(usages: dict[str, list[Usage]]) -> None:
-    """Prefill multiplies by warp groups, a tile's products one behind the other; keys and values
-    come in copies of 16 bytes, while the tile before is computed on."""
+    """Tiles of 64 rows and more multiply by warp groups, a tile's products one behind the other;
+    keys and values come in copies of 16 bytes, while the tile before is computed on."""
     for usage in usages["H100"]:
         if usage.kernel in ("decode", "prefill"):
             assert usage.copies > 0, usage
             assert usage.overlaps, usage
-            assert usage.products >= 4 if usage.kernel == "prefill" else usage.products == 0, usage
+            assert usage.products >= 4 if usage.rows >= 64 else usage.products == 0, usage
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if TARGETS[name].architectures])
+def test_rows_are_moved_in_wide_pieces(target: str, usages: dict[str, list[Usage]]) -> None:
+    """Queries, outputs, and what is written to the cache; the halves of a pair that are gathered
+    where keys are turned are the few that may be narrow. Pairs of neighbours are always narrow."""
+    for usage in usages[target]:
+        if usage.kernel in ("decode", "prefill", "write") and "gptj" not in usage.layer:
+            assert usage.narrow <= MOST_NARROW, table([usage])
 
 
 @pytest.mark.parametrize("target", ["A100", "A10, L40S", "4090", "5090"])

@@ -177,10 +177,11 @@ def attention_kernel(
         IS_DECODE: one tile holds all queries of a request, and requests with more queries are
             left alone.
     """
-    stride_query_token = tl.multiple_of(stride_query_token, 8)
-    stride_query_head = tl.multiple_of(stride_query_head, 8)
-    stride_output_token = tl.multiple_of(stride_output_token, 8)
-    stride_output_head = tl.multiple_of(stride_output_head, 8)
+    # Rows move 16 bytes at a time: of an argument the compiler forgets what `multiple_of` says.
+    stride_query_token = stride_query_token // 8 * 8
+    stride_query_head = stride_query_head // 8 * 8
+    stride_output_token = stride_output_token // 8 * 8
+    stride_output_head = stride_output_head // 8 * 8
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if IS_DECODE:
         request, skipped = tile, 0

@@ -42,10 +42,11 @@ def write_kernel(
         slot_mapping: [tokens]; negative for a token that has no slot.
         LARGEST: the largest number of the cache's dtype if that may be exceeded, or None.
     """
-    stride_key_row = tl.multiple_of(stride_key_row, 8)
-    stride_key_row_head = tl.multiple_of(stride_key_row_head, 8)
-    stride_value_row = tl.multiple_of(stride_value_row, 8)
-    stride_value_row_head = tl.multiple_of(stride_value_row_head, 8)
+    # Rows move 16 bytes at a time: of an argument the compiler forgets what `multiple_of` says.
+    stride_key_row = stride_key_row // 8 * 8
+    stride_key_row_head = stride_key_row_head // 8 * 8
+    stride_value_row = stride_value_row // 8 * 8
+    stride_value_row_head = stride_value_row_head // 8 * 8
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot < 0:
