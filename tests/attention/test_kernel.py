@@ -1,5 +1,6 @@
 """Which kernel runs: by the setting, by what is possible, and refused where both contradict."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -58,19 +59,31 @@ class TestCompiled:
         assert self.compile(device="cuda") is None
         assert warnings == []
 
-    def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
-        monkeypatch.setenv("CXX", "no-such-compiler")
+    @pytest.mark.parametrize(
+        ("compiler", "named"),
+        [
+            ("no-such-compiler", "no-such-compiler"),
+            ('g++ "', "No closing quotation"),
+            ("/dev/null", "no C.. compiler found"),
+            ("true", "left no library"),
+        ],
+        ids=str,
+    )
+    def test_no_compiler(
+        self, compiler: str, named: str, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+    ) -> None:
+        monkeypatch.setenv("CXX", compiler)
         cpu.load.cache_clear()
         build.outcome_of.cache_clear()
         try:
             assert self.compile() is None
-            with pytest.raises(UnsupportedError, match=r"kernel 'cpu': .*no-such-compiler"):
+            with pytest.raises(UnsupportedError, match=f"kernel 'cpu': .*{named}"):
                 self.compile("cpu")
         finally:
             cpu.load.cache_clear()
             build.outcome_of.cache_clear()
         assert len(warnings) == 1
-        assert "no-such-compiler" in warnings[0]
+        assert re.search(named, warnings[0])
         assert "much slower" in warnings[0]
         assert LayerKernel("auto", make_layer(None)).name(16, torch.float32) == "reference"
         assert len(warnings) == 1
