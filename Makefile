@@ -6,6 +6,7 @@
 PIP_ARGS   ?=
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
+MUTANT_ARGS ?=
 
 # The first of these that is Python 3.11 or newer.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -23,7 +24,7 @@ BENCH      := build/bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv model vllm-cuda demo test families bench serve lint format clean
+.PHONY: help compilers venv model vllm-cuda demo test families mutants bench serve lint format clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,11 +36,10 @@ $(BIN)/python:
 		"Install it, or name it: make venv PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV_STAMP): requirements-cpu.txt pyproject.toml tools/vllm_metadata_shim.py | $(BIN)/python
+$(VENV_STAMP): requirements-cpu.txt pyproject.toml vllm_lminf/cli/metadata_shim.py | $(BIN)/python
 	$(BIN)/python -m pip install --no-deps $(PIP_ARGS) -r requirements-cpu.txt
 	$(BIN)/python -m pip install --no-deps --no-build-isolation $(PIP_ARGS) -e .
-	$(BIN)/python tools/vllm_metadata_shim.py
-	@$(BIN)/python -c "import torch" || { echo "torch does not load: is it a CUDA build? Type:" \
+	@$(BIN)/vllm-lminf doctor --fix || { echo "If torch is a CUDA build, type:" \
 		"rm -r $(VENV) && make venv" \
 		"PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'" >&2; exit 1; }
 	@touch $@
@@ -58,6 +58,16 @@ $(VLLM_CUDA)/vllm/__init__.py: requirements-vllm-cuda.txt tools/vllm_cuda_source
 demo: venv model  ## compare full attention and LM-Infinite on a book, far past the trained length
 	$(BIN)/vllm-lminf eval --model $(MODEL) --text $(TEXT) --output $(DEMO)
 
+# What other compilers and other CPUs the kernels for CPUs are tested with, where Debian or Ubuntu
+# have them; a test whose compiler is missing is skipped, and says which.
+COMPILERS := g++-11 clang-14 clang-19 g++-aarch64-linux-gnu qemu-user
+
+compilers:  ## install compilers and an emulator to test the CPU kernels with (root, Debian, Ubuntu)
+	apt-get update
+	for package in $(COMPILERS); do \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$package \
+		|| echo "$$package isn't to be had here: its tests are skipped"; done
+
 test: venv model vllm-cuda  ## lint, check types and run every test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -67,6 +77,10 @@ test: venv model vllm-cuda  ## lint, check types and run every test
 families: venv  ## test every model family, and write what was measured into the README's table
 	$(BIN)/pytest tests/engine/test_families.py -k "not readme" $(PYTEST_ARGS)
 	$(BIN)/python -m tests.engine.families_table
+
+# MUTANT_ARGS="--file attention.py --every 10" tests some of them; all take hours.
+mutants: venv  ## change the Triton kernels one place at a time, and list what no test notices
+	$(BIN)/python tools/mutants.py $(MUTANT_ARGS)
 
 bench: venv model  ## time LMINF beside vLLM's own attention, and write the README's tables of speed
 	$(BIN)/vllm-lminf bench kernel --output $(BENCH)/kernel

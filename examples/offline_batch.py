@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from text_file import count, text_of
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -23,41 +24,80 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def lengths(text: str) -> list[int]:
     """Read ``64,1000`` as a list of token counts."""
-    values = [int(item) for item in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError("a prompt has at least 1 token")
-    return values
+    return [count(item) for item in text.split(",")]
+
+
+def checkpoint(text: str) -> str:
+    """Return the folder of a checkpoint."""
+    if not (Path(text) / "config.json").is_file():
+        raise argparse.ArgumentTypeError(
+            f"{text}: no checkpoint there (it has no config.json); for the one of the examples: "
+            "python examples/prepare_model.py"
+        )
+    return text
+
+
+def gib(text: str) -> int:
+    """Read a number of GiB as bytes."""
+    try:
+        size = int(float(text) * 2**30)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text}: not a number of GiB") from None
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text}: it must be more than 0")
+    return size
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--model", type=Path, default=ROOT / "build/models/SmolLM2-135M-Instruct", help="a folder"
+        "--model",
+        type=checkpoint,
+        default=str(ROOT / "build/models/SmolLM2-135M-Instruct"),
+        help="folder of the checkpoint (default: %(default)s)",
     )
-    parser.add_argument("--text", type=Path, default=ROOT / "examples/data/alice.txt")
+    parser.add_argument(
+        "--text",
+        type=text_of,
+        metavar="FILE",
+        default=str(ROOT / "examples/data/alice.txt"),
+        help="UTF-8 text that the prompts are the beginnings of (default: %(default)s)",
+    )
     parser.add_argument(
         "--lengths",
         type=lengths,
         default=[64, 1000, 6000, 12000],
         help="tokens of each prompt, with commas between (default: 64,1000,6000,12000)",
     )
-    parser.add_argument("--max-tokens", type=int, default=32, help="of each completion")
+    parser.add_argument("--max-tokens", type=count, default=32, help="of each completion")
     parser.add_argument(
-        "--kv-cache-gib", type=float, default=1.0, help="memory for all requests together"
+        "--kv-cache-gib",
+        type=gib,
+        dest="kv_cache_bytes",
+        metavar="GIB",
+        default="1",
+        help="memory for all requests together (default: %(default)s)",
     )
     return parser.parse_args(argv)
 
 
-def generate(llm: LLM, text: str, sizes: Sequence[int], max_tokens: int) -> list[RequestOutput]:
-    """Continue the first ``sizes`` tokens of ``text``, all in one batch."""
-    from vllm import SamplingParams
+def beginnings(model: str, text: str, sizes: Sequence[int]) -> list[list[int]]:
+    """Return the first ``sizes`` tokens of ``text``."""
+    from transformers import AutoTokenizer
 
-    token_ids = llm.get_tokenizer().encode(text)
+    token_ids: list[int] = AutoTokenizer.from_pretrained(model).encode(text)
     if max(sizes) > len(token_ids):
         raise SystemExit(f"the text has {len(token_ids)} tokens, {max(sizes)} were asked for")
-    prompts = [{"prompt_token_ids": token_ids[:size]} for size in sizes]
-    return llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens))
+    return [token_ids[:size] for size in sizes]
+
+
+def generate(llm: LLM, prompts: Sequence[list[int]], max_tokens: int) -> list[RequestOutput]:
+    """Continue all prompts in one batch."""
+    from vllm import SamplingParams
+
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return llm.generate(inputs, SamplingParams(temperature=0.0, max_tokens=max_tokens))
 
 
 def print_table(outputs: Sequence[RequestOutput], trained_length: int) -> None:
@@ -75,17 +115,18 @@ def print_table(outputs: Sequence[RequestOutput], trained_length: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate for all prompts at once and print the table."""
     args = parse_args(argv)
+    prompts = beginnings(args.model, args.text, args.lengths)  # an engine takes longer to start
     # vLLM reads the plugin's variable when it is imported and engines start: set it first.
     os.environ.setdefault("VLLM_ATTENTION_BACKEND", "LMINF")
     from vllm import LLM
 
     llm = LLM(
-        model=str(args.model),
+        model=args.model,
         max_model_len=1_000_000,
-        kv_cache_memory_bytes=int(args.kv_cache_gib * 2**30),  # however long the prompts
+        kv_cache_memory_bytes=args.kv_cache_bytes,  # however long the prompts
         enforce_eager=True,  # starts in seconds on a CPU; leave it out on a GPU
     )
-    outputs = generate(llm, args.text.read_text(encoding="utf-8"), args.lengths, args.max_tokens)
+    outputs = generate(llm, prompts, args.max_tokens)
     print_table(outputs, llm.llm_engine.model_config.hf_text_config.max_position_embeddings)
 
 

@@ -250,7 +250,7 @@ class TestRefusals:
             read({"kernel": value})
         (problem,) = refusal.value.problems
         assert f'"kernel" in lminf is {value!r}: it must be one of ' in problem
-        assert problem.endswith("auto, triton, xformers, flash, cpu, reference")
+        assert problem.endswith("auto, triton, hybrid, xformers, flash, cpu, reference")
 
     @pytest.mark.parametrize("name", ["n_local", "distance_limit"])
     def test_zero_where_it_means_nothing(self, name: str) -> None:

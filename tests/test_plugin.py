@@ -99,6 +99,30 @@ class TestRegister:
         compat.uninstall()
         assert all(now is before for now, before in zip(functions(), originals, strict=True))
 
+    def test_no_runner_is_loaded_before_a_worker_needs_it(self) -> None:
+        printed = run_python(
+            "import sys\n"
+            "from vllm_lminf import plugin\n"
+            "plugin.register()\n"
+            "print('runner' if 'vllm.v1.worker.gpu_model_runner' in sys.modules else 'none')"
+        )
+        assert printed.splitlines()[-1] == "none"
+
+    def test_sampling_is_wrapped_where_a_cpu_worker_asks_for_the_backend(self) -> None:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        original = GPUModelRunner.sample_tokens
+        plugin.register()
+        assert GPUModelRunner.sample_tokens is original
+        config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 16)
+        CpuPlatform.get_attn_backend_cls(AttentionBackendEnum.CPU_ATTN, config)
+        assert GPUModelRunner.sample_tokens is original
+        for _ in range(2):
+            CpuPlatform.get_attn_backend_cls(compat.backend_member(), config)
+            assert GPUModelRunner.sample_tokens.__wrapped__ is original
+        compat.uninstall()
+        assert GPUModelRunner.sample_tokens is original
+
     def test_wrappers_look_like_what_they_wrap(self) -> None:
         before = [inspect.signature(getattr(owner, name)) for owner, name in WRAPPED]
         plugin.register()
@@ -249,6 +273,7 @@ FUNCTIONS = {
         "selected_backend attn_selector_config num_heads"
     ),
     "vllm.v1.core.sched.scheduler:Scheduler.make_stats": "self",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": "self grammar_output",
     "vllm.v1.metrics.loggers:StatLoggerManager.__init__": "self vllm_config engine_idxs",
     "vllm.v1.engine.core:get_kv_cache_configs": "vllm_config kv_cache_specs available_memory",
     "vllm.transformers_utils.config:get_config": (
@@ -373,8 +398,12 @@ NAMES = [
     "vllm.config:ModelConfig.uses_alibi",
     "vllm.config:ModelConfig.uses_mrope",
     "vllm.config:VllmConfig.max_in_flight_tokens",
+    "vllm.config:VllmConfig.num_speculative_tokens",
     "vllm.envs:environment_variables",
     "vllm.logger:init_logger",
+    "vllm.model_executor.warmup.jit_warmup:VllmJitKernel.compile",
+    "vllm.model_executor.warmup.jit_warmup:VllmJitKernel.get_warmup_keys",
+    "vllm.model_executor.warmup.jit_warmup:VllmJitKernel.register_warmup",
     "vllm.platforms:current_platform.device_type",
     "vllm.platforms:current_platform.fp8_dtype",
     "vllm.platforms:current_platform.get_device_capability",
@@ -382,12 +411,14 @@ NAMES = [
     "vllm.platforms:current_platform.is_cuda_alike",
     "vllm.v1.attention.backend:AttentionCGSupport.ALWAYS",
     "vllm.v1.attention.backend:AttentionCGSupport.NEVER",
+    "vllm.v1.attention.backend:AttentionCGSupport.UNIFORM_BATCH",
     "vllm.v1.attention.backend:AttentionBackend.forward_includes_kv_cache_update",
     "vllm.v1.attention.backend:AttentionBackend.supported_dtypes",
     "vllm.v1.attention.backend:AttentionBackend.supported_kv_cache_dtypes",
     "vllm.v1.attention.backend:AttentionBackend.validate_configuration",
     "vllm.v1.attention.backend:AttentionType.DECODER",
     "vllm.v1.attention.backend:MultipleOf",
+    "vllm.v1.attention.selector:_cached_get_attn_backend.cache_clear",
     "vllm.v1.kv_cache_interface:KVCacheLayout.LBHNC",
     "vllm.version:__version__",
 ]

@@ -322,6 +322,39 @@ class TestSelected:
             assert reason in str(refusal.value)
 
 
+class TestCompileCache:
+    """What vLLM keys its compiled models by, in processes that know no variable of LMINF's."""
+
+    def key(self, build: Build, **settings: int) -> str:
+        return str(build.selected(additional_config={"lminf": settings}).compute_hash())
+
+    def test_every_setting(self, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However it was set, and also where it is the model that decides."""
+        by_default = self.key(build)
+        assert by_default == self.key(build, n_local=8192, distance_limit=8192, n_global=10)
+        for name, value in (("n_local", 4096), ("distance_limit", 9000), ("n_global", 3)):
+            by_argument = self.key(build, **{name: value})
+            assert by_argument != by_default
+            monkeypatch.setenv(VARIABLE_PREFIX + name.upper(), str(value))
+            assert self.key(build) == by_argument
+            monkeypatch.delenv(VARIABLE_PREFIX + name.upper())
+        monkeypatch.setenv(VARIABLE_PREFIX + "KERNEL", "reference")
+        assert self.key(build) != by_default
+
+    def test_what_is_recorded_stays(self, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Other entries are kept, the user's own object is left alone, and a process that is told
+        otherwise by its environment goes by what was recorded."""
+        mine = {"other": 1, "lminf": {"n_global": 4}}
+        config = build.selected(additional_config=mine)
+        assert config.additional_config["other"] == 1
+        assert mine == {"other": 1, "lminf": {"n_global": 4}}
+        monkeypatch.setenv(VARIABLE_PREFIX + "N_LOCAL", "77")
+        assert pattern_of(config) == LambdaPattern(4, 8192, 8192)
+
+    def test_not_selected(self, build: Build) -> None:
+        assert build(additional_config={"other": 1}).additional_config == {"other": 1}
+
+
 class TestBadSettings:
     """Refused before anything of the model is looked at, every problem in one message."""
 

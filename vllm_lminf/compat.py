@@ -1,6 +1,6 @@
 """Every difference between vLLM versions, and every place where vLLM offers no registry.
 
-Registries are used where they exist. Five functions of vLLM are wrapped, because nothing else
+Registries are used where they exist. Six functions of vLLM are wrapped, because nothing else
 serves; each wrapper below says why, is installed once however often it is asked for, does nothing
 unless LMINF is selected, and is taken off again by `uninstall`.
 """
@@ -20,6 +20,7 @@ import vllm.envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from vllm_lminf import speculation
 from vllm_lminf.config import BACKEND_NAME
@@ -53,6 +54,7 @@ def uninstall() -> None:
     while _originals:
         (owner, name), original = _originals.popitem()
         setattr(owner, name, original)
+    _cached_get_attn_backend.cache_clear()  # it remembers what a wrapper told it
     copyreg.dispatch_table.pop(AttentionBackendEnum, None)
 
 
@@ -135,6 +137,7 @@ def _wrap_cpu_platform() -> None:
                     f"{BACKEND_NAME} can't serve this model on the CPU: {'; '.join(reasons)}. "
                     f"It was asked for {attn_selector_config}"
                 )
+            _wrap_cpu_sampling()
             return backend_member().get_path()
 
         return classmethod(get_attn_backend_cls)
@@ -233,6 +236,43 @@ def _wrap_pool_planning() -> None:
     _wrap(core, "get_kv_cache_configs", make)
 
 
+def _wrap_cpu_sampling() -> None:
+    """`GPUModelRunner.sample_tokens`, on CPUs: of a prompt that isn't whole yet, every chunk draws
+    a token, which is thrown away; the generator of a seeded request is then set back by an offset,
+    which a CPU's generator doesn't have, and the engine dies of it.
+
+    Such a request is given no generator for the step instead: what is thrown away comes from the
+    common one, as it does for requests without a seed, and the request's own draws only what
+    counts. A vLLM that sets no offset needs none of this, and nothing is wrapped in it.
+
+    Called where a CPU worker asks for LMINF's backend: other processes never load the runner.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if "set_offset" not in GPUModelRunner._bookkeeping_sync.__code__.co_names:
+        return
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def sample_tokens(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(self, CPUModelRunner) or (
+                self.vllm_config.attention_config.backend is not backend_member()
+            ):
+                return original(self, *args, **kwargs)
+            generators = self.input_batch.generators
+            discarded = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]
+            withheld = {i: generators.pop(i) for i in discarded.tolist() if i in generators}
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                generators.update(withheld)
+
+        return sample_tokens
+
+    _wrap(GPUModelRunner, "sample_tokens", make)
+
+
 def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     if (owner, name) not in _originals:
         original = owner.__dict__[name]
@@ -296,6 +336,32 @@ def leave_adapters_out(model: torch.nn.Module, num_tokens: int) -> None:
 
         none = (0,) * num_tokens
         manager.set_adapter_mapping(LoRAMapping(none, none, is_prefill=True))
+
+
+def register_warm_up(engine: VllmConfig, warm_up: Callable[[VllmConfig], None]) -> None:
+    """Has vLLM call ``warm_up(engine)`` once caches are there, before it captures graphs and says
+    that it is ready. Called while a model is being loaded; once for an engine, however often.
+
+    It is vLLM's registry of what compiles at run time, which wants for each kernel the keys that it
+    is compiled by. Ours are known to the kernels; to vLLM an engine is one key. With
+    --enforce-eager vLLM warms up nothing.
+    """
+    from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
+
+    class WarmUp(VllmJitKernel[int]):
+        def __hash__(self) -> int:
+            return hash((WarmUp.__qualname__, id(engine)))
+
+        def __eq__(self, other: object) -> bool:
+            return hash(self) == hash(other)
+
+        def get_warmup_keys(self) -> list[int]:
+            return [0]
+
+        def compile(self, compile_key: int) -> None:
+            warm_up(engine)
+
+    WarmUp().register_warmup()
 
 
 def reasons_against_flash_attention() -> list[str]:

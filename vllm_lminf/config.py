@@ -20,10 +20,11 @@ VARIABLE_PREFIX = "VLLM_LMINF_"
 
 DEFAULT_N_GLOBAL = 10
 
-KERNELS = ("auto", "triton", "xformers", "flash", "cpu", "reference")
-"""For GPUs: ``triton``, ``xformers`` and ``flash`` (FlashAttention, from the package that vLLM
-ships). ``cpu``: compiled, for CPUs. ``reference``: plain PyTorch, anywhere. ``auto``: the best that
-can run, see `vllm_lminf.kernels.choice`."""
+KERNELS = ("auto", "triton", "hybrid", "xformers", "flash", "cpu", "reference")
+"""For GPUs: ``triton``, ``xformers``, ``flash`` (FlashAttention, from the package that vLLM ships)
+and ``hybrid`` (``flash`` for prefill and ``triton`` for decoding). ``cpu``: compiled, for CPUs.
+``reference``: plain PyTorch, anywhere. ``auto``: the best that can run, see
+`vllm_lminf.kernels.choice`."""
 
 _NAMES = ("n_global", "n_local", "distance_limit", "kernel")
 _ALLOWED = {

@@ -10,6 +10,7 @@ from vllm_lminf import compat, speculation, trained
 from vllm_lminf.config import (
     BACKEND_NAME,
     BACKEND_VARIABLE,
+    SECTION,
     VARIABLE_PREFIX,
     Settings,
     SettingsError,
@@ -154,6 +155,20 @@ def check(config: "VllmConfig") -> None:
     if reasons:
         raise UnsupportedError(reasons)
     speculation.join(config)
+    record_settings(config)
+
+
+def record_settings(config: "VllmConfig") -> None:
+    """Writes what the settings came to into the configuration, as if the user had named them all.
+
+    vLLM keys its cache of compiled models by the configuration, and by variables of the environment
+    that the process which compiles has declared: ours are none of them there. What is compiled
+    depends on them by LongRoPE's magnitude, which goes by the distance limit.
+    """
+    if isinstance(config.additional_config, dict):
+        given = config.additional_config.get(SECTION, {})
+        section = {**given, **vars(pattern_of(config)), "kernel": kernel_of(config)}
+        config.additional_config = {**config.additional_config, SECTION: section}
 
 
 def _window_reasons(config: "VllmConfig", pattern: LambdaPattern) -> list[str]:
@@ -256,9 +271,9 @@ def _kernel_reasons(config: "VllmConfig") -> list[str]:
         for kernel, against in choice.against.items()
         for reason in against
     ]
-    if asked == "flash":
+    if asked in ("flash", "hybrid"):
         absent = compat.reasons_against_flash_attention()
-        return reasons + [f"kernel 'flash'{named}: {reason}" for reason in absent]
+        return reasons + [f"kernel {asked!r}{named}: {reason}" for reason in absent]
     dtype = str(model.dtype).removeprefix("torch.")
     if asked == "cpu":
         try:

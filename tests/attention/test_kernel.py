@@ -7,6 +7,7 @@ import pytest
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_lminf.attention import kernel
 from vllm_lminf.attention.kernel import Layer, LayerKernel, compile_layer, paged_cache
@@ -60,14 +61,14 @@ class TestCompiled:
     def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler")
         cpu.load.cache_clear()
-        build.load_library.cache_clear()
+        build.outcome_of.cache_clear()
         try:
             assert self.compile() is None
             with pytest.raises(UnsupportedError, match=r"kernel 'cpu': .*no-such-compiler"):
                 self.compile("cpu")
         finally:
             cpu.load.cache_clear()
-            build.load_library.cache_clear()
+            build.outcome_of.cache_clear()
         assert len(warnings) == 1
         assert "no-such-compiler" in warnings[0]
         assert "much slower" in warnings[0]
@@ -121,8 +122,9 @@ class TestChoice:
 
     def test_none_runs_in_graphs_on_a_cpu(self) -> None:
         compiled = make_layer(cpu.CpuLayer(2, 2, 16, torch.float32, ScoreRules(0.25)))
-        assert not LayerKernel("auto", compiled).runs_in_graphs(16, torch.float32)
-        assert not LayerKernel("reference", compiled).runs_in_graphs(16, torch.float32)
+        for asked in ("auto", "reference"):
+            support = LayerKernel(asked, compiled).in_graphs(16, torch.float32)
+            assert support is AttentionCGSupport.NEVER
 
     def test_eight_bits_are_stored_as_bytes(self) -> None:
         """vLLM calls such a cache bytes; what they are, the layer was told."""
@@ -172,14 +174,14 @@ class TestStartUp:
 
     def test_every_reason_at_once(self, model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler")
-        build.load_library.cache_clear()
+        build.outcome_of.cache_clear()
         try:
             with pytest.raises(UnsupportedError) as refusal:
                 self.engine(
                     model_path, "cpu", block_size=8, kv_cache_dtype="float16", dtype="bfloat16"
                 )
         finally:
-            build.load_library.cache_clear()
+            build.outcome_of.cache_clear()
         for named in ("--block-size 8", "not in float16", "no-such-compiler"):
             assert named in str(refusal.value)
         for reason in refusal.value.reasons:

@@ -143,4 +143,4 @@ def test_the_plot_library_is_asked_for_by_name(
 ) -> None:
     monkeypatch.setattr(eval_command, "find_spec", lambda name: None)
     assert main(arguments(tmp_path)) == 1
-    assert "pip install 'vllm-lminf[plot]'" in capsys.readouterr().err
+    assert "pip install 'matplotlib>=3.9,<4'" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_lminf import __version__
 from vllm_lminf.cli.main import build_parser, main
 
 HEAVY = ("vllm", "torch", "transformers", "matplotlib", "rich", "numpy")
@@ -13,7 +14,12 @@ HEAVY = ("vllm", "torch", "transformers", "matplotlib", "rich", "numpy")
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [("eval", "--distance-limit"), ("bench kernel", "--small"), ("bench engine", "--pool")],
+    [
+        ("eval", "--distance-limit"),
+        ("bench kernel", "--small"),
+        ("bench engine", "--pool"),
+        ("doctor", "--fix"),
+    ],
 )
 def test_help_loads_nothing_heavy(command: str, option: str) -> None:
     code = (
@@ -55,3 +61,17 @@ def test_every_problem_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFi
     for words in ("no config.json", "no such file", "--chunk 0", "--decode-tokens 1"):
         assert words in errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "vllm_lminf"], ["-c", "import vllm_lminf.cli.main as m; m.main()"]]
+)
+def test_version_loads_nothing_heavy(command: list[str]) -> None:
+    """`vllm-lminf --version` and `python -m vllm_lminf --version`."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command, "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"vllm-lminf {__version__}\n")
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "vllm_lminf.cli.main" in loaded
+    assert not loaded & set(HEAVY)

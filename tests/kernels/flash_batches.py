@@ -1,11 +1,15 @@
 """Batches for the FlashAttention path, on whatever device it runs."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from tests.kernels.batches import Batch, Case
+from tests.kernels.xformers_batches import fill
 from vllm_lminf.kernels.flash import Attend, FlashLayer
-from vllm_lminf.kernels.interface import Heads, PagedCache, Rotation, ScoreRules
+from vllm_lminf.kernels.hybrid import HybridLayer
+from vllm_lminf.kernels.interface import DeviceBatch, Heads, Rotation, ScoreRules
 from vllm_lminf.kernels.triton.layer import Workspace
 from vllm_lminf.rope import RotationTables
 
@@ -20,6 +24,9 @@ CASES = [
     Case("mixed", ((150, 1), (90, 12)), head_size=80, rotary_dim=32, heads=(2, 1)),
     Case("mixed", ((150, 1), (90, 12)), is_neox_style=False, heads=(2, 1)),
     Case("mixed", ((150, 1), (40, 30)), rotary_dim=0, pattern=(10, 37, 90), heads=(2, 1)),
+    # Windows that begin in the middle of a tile and of a block, many blocks behind the prefix.
+    Case("mixed", ((999, 1), (700, 33), (420, 5)), pattern=(10, 190, 190), heads=(2, 1)),
+    Case("mixed", ((999, 1), (700, 33)), pattern=(0, 77, 77), heads=(2, 1), block_size=32),
 ]
 
 by_id = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -31,10 +38,12 @@ def run(
     attend: Attend,
     rules: ScoreRules | None = None,
     *,
-    cache: PagedCache | None = None,
+    make: Callable[..., FlashLayer | HybridLayer] = FlashLayer,
+    told: DeviceBatch | None = None,
     device: str = "cpu",
 ) -> torch.Tensor:
-    """The output, on a cache that holds NaN wherever nobody wrote."""
+    """The output, on a cache that holds NaN wherever nobody wrote, but for older tokens of the
+    block where a window starts, which are numbers, as in a cache that is used."""
     num_kv_heads, head_size = batch.stretches[0].key.shape[1:]
     heads = Heads(batch.stretches[0].query.shape[1], num_kv_heads, head_size, dtype)
     rotation = None
@@ -43,10 +52,10 @@ def run(
         rotation = Rotation(tables, batch.rotary.is_neox_style)
     workspace = Workspace(heads, torch.device(device))
     rules = rules or ScoreRules(batch.scale)
-    layer = FlashLayer(heads, batch.pattern, rules, rotation, workspace, attend)
-    cache = cache or batch.empty_cache(dtype, device)
-    batch.fill(batch.triton_layer(dtype, rules, device), cache, dtype)
+    layer = make(heads, batch.pattern, rules, rotation, workspace, attend)
+    cache = batch.empty_cache(dtype, device)
+    fill(batch, cache)
     query = batch.query(dtype).to(device)
     output = torch.full_like(query, torch.nan)
-    layer.lambda_attention(query, cache, batch.device_batch(device), output)
+    layer.lambda_attention(query, cache, told or batch.device_batch(device), output)
     return output.cpu()

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.kernels.batches import Case, make_batch
-from vllm_lminf.kernels.flash import FlashLayer, reasons_against
+from vllm_lminf.kernels.flash import FlashLayer, WindowTable, reasons_against
 from vllm_lminf.kernels.interface import DeviceBatch, Heads, ScoreRules, Situation
 from vllm_lminf.kernels.triton.layer import Workspace
-from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.pattern import LambdaPattern, cdiv
 
 SERVED = Situation(
     device_type="cuda",
@@ -84,13 +84,51 @@ def test_what_it_is_told() -> None:
         (batch.num_blocks, 16, 2, 16),
     ]
     assert told["cu_seqlens_q"] is description.query_start_loc
-    assert told["seqused_k"] is description.seq_lens
-    assert told["block_table"] is description.block_table
+    # Both requests begin in their first block here.
+    assert torch.equal(told["seqused_k"], description.seq_lens)
+    columns = told["block_table"].shape[1]
+    assert torch.equal(told["block_table"], description.block_table[:, :columns])
     assert told["out"] is output
     assert told["max_seqlen_q"] == 9
     assert told["max_seqlen_k"] >= 49
     assert told["window_size"] == [47, 0]
     assert (told["softmax_scale"], told["softcap"], told["causal"]) == (0.1, 3.0, True)
+
+
+class TestWindowTable:
+    def test_no_entry_of_a_freed_block(self) -> None:
+        """Of requests in all stages, one with a stale length and no rows among them."""
+        batch = make_batch(
+            Case("mixed", ((999, 1), (300, 40), (0, 5), (63, 2)), head_size=16, pattern=(3, 77, 77))
+        )
+        told = batch.device_batch()
+        told.block_table.masked_fill_(told.block_table == 0, -7)
+        start = torch.cat((told.query_start_loc, told.query_start_loc[-1:]))
+        lens = torch.cat((told.seq_lens, torch.tensor([2**31 - 1], dtype=torch.int32)))
+        table = torch.cat((told.block_table, torch.full_like(told.block_table[:1], -7)))
+        cut = WindowTable.of(DeviceBatch(start, lens, table, 40), 77, 16)
+        assert cut.block_table.dtype == cut.seq_lens.dtype == torch.int32
+        for row, (computed, new) in enumerate(((999, 1), (300, 40), (0, 5), (63, 2))):
+            first = max(0, computed - 76) // 16
+            end = (computed + new - 1) // 16 + 1
+            expected = told.block_table[row, first:end]
+            assert (expected > 0).all()
+            assert torch.equal(cut.block_table[row, : end - first], expected)
+            assert cut.seq_lens[row] == computed + new - 16 * first
+            assert cut.seq_lens[row] <= cut.longest
+        assert 0 <= cut.seq_lens[4] <= cut.longest
+
+    def test_it_is_made_once_a_step(self) -> None:
+        told = make_batch(Case("decode", ((999, 1),), head_size=16)).device_batch()
+        assert WindowTable.of(told, 48, 16) is WindowTable.of(told, 48, 16)
+        assert WindowTable.of(told, 48, 16) is not WindowTable.of(told, 47, 16)
+
+    def test_the_cost_does_not_grow(self) -> None:
+        for seq_len in (1000, 10**6):
+            tensors = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [seq_len]))
+            table = torch.zeros(1, cdiv(seq_len, 16), dtype=torch.int32)
+            cut = WindowTable.of(DeviceBatch(*tensors, table, 1), 100, 16)
+            assert (cut.block_table.shape, cut.longest) == ((1, 8), 128)
 
 
 def test_nothing_to_do() -> None:

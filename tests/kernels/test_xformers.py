@@ -6,9 +6,11 @@ Its own operators are interpreted in `tests.kernels.triton.interpreted.test_xfor
 import dataclasses
 import importlib.metadata
 import math
+import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,6 +261,58 @@ class TestRefusals:
         assert 'pip install "triton<3.9"' in reason
         versions["xformers"] = "0.0.36"
         assert reasons_against(SERVED) == []
+
+    @pytest.mark.parametrize(
+        ("version", "is_refused"),
+        [("2.7.0", True), ("2.7.1", False), ("2.8.4", False), ("2.8.5", True), ("3.0.0b1", True)],
+    )
+    def test_flash_attn_of_another_version(
+        self, version: str, is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """xformers refuses to be imported beside it."""
+        package = tmp_path / "flash_attn"
+        package.mkdir()
+        package.joinpath("__init__.py").write_text(f'__version__ = "{version}"\n')
+        monkeypatch.syspath_prepend(tmp_path)
+        reasons = reasons_against(SERVED)
+        if is_refused:
+            (reason,) = reasons
+            assert reason.startswith(f"flash-attn {version} is installed, and xformers can't be")
+            assert 'pip install "flash-attn>=2.7.1,<=2.8.4"' in reason
+            monkeypatch.setenv("XFORMERS_IGNORE_FLASH_VERSION_CHECK", "1")
+            assert reasons_against(SERVED) == []
+        else:
+            assert reasons == []
+
+    def test_flash_attention_4_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is a folder in a package that isn't there."""
+        (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+        monkeypatch.syspath_prepend(tmp_path)
+        (reason,) = reasons_against(SERVED)
+        assert "flash-attn of no version is installed" in reason
+
+    def test_what_is_told_is_so(self, tmp_path: Path) -> None:
+        """With such a flash-attn the import fails, and a layer says which kernel it was."""
+        package = tmp_path / "flash_attn"
+        package.mkdir()
+        package.joinpath("__init__.py").write_text('__version__ = "2.0.0"\n')
+        interface = package / "flash_attn_interface.py"
+        interface.write_text("flash_attn_gpu = None\n")
+        code = (
+            "import torch\n"
+            "from vllm_lminf.kernels.interface import Heads, ScoreRules\n"
+            "from vllm_lminf.kernels.xformers import XformersLayer\n"
+            "from vllm_lminf.pattern import LambdaPattern\n"
+            "heads = Heads(8, 2, 64, torch.bfloat16)\n"
+            "XformersLayer(heads, LambdaPattern(10, 64, 64), ScoreRules(1.0), None)\n"
+        )
+        path = os.pathsep.join([str(tmp_path), *sys.path])
+        environment = os.environ | {"PYTHONPATH": path}
+        ran = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert "RuntimeError: kernel 'xformers': the installed xformers can't be" in ran.stderr
+        assert "Requires Flash-Attention version" in ran.stderr
 
     def test_nothing_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)

@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
+import chat_client
 import openai
 import pytest
 
-from examples import chat_client
 from tests.server.conftest import Server
 
 pytestmark = pytest.mark.server

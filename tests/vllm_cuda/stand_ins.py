@@ -60,6 +60,12 @@ def rotary_embedding(
 for _name in COMPILED_MODULES:
     sys.modules[_name] = ModuleType(_name)
 
+# Passes over compiled graphs name operators that only the compiled parts have. Graphs are cut here,
+# and never compiled.
+_passes = ModuleType("vllm.compilation.passes.pass_manager")
+_passes.PostGradPassManager = object  # type: ignore[attr-defined]
+sys.modules[_passes.__name__] = _passes
+
 _operators = torch.library.Library("_C", "FRAGMENT")
 for _name in QUESTIONS:
     _operators.define(f"{_name}(int capability) -> bool")
@@ -69,6 +75,7 @@ _operators.define(_SILU)
 _operators.impl("silu_and_mul", silu_and_mul, "CPU")
 _operators.define(_ROTATION)
 _operators.impl("rotary_embedding", rotary_embedding, "CPU")
+torch.library.register_fake("_C::rotary_embedding", lambda *_: None)
 
 from vllm.platforms.cuda import NonNvmlCudaPlatform  # noqa: E402
 

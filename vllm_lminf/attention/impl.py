@@ -7,12 +7,14 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from vllm_lminf.attention.kernel import Layer, LayerKernel, Scales, compile_layer
+from vllm_lminf import compat
+from vllm_lminf.attention.kernel import Layer, LayerKernel, compile_layer, scales_of
 from vllm_lminf.attention.loaded import models
 from vllm_lminf.attention.metadata import LambdaMetadata
 from vllm_lminf.attention.patterns import layer_pattern
 from vllm_lminf.attention.probe import Watch
 from vllm_lminf.attention.rotary import Rotary
+from vllm_lminf.attention.warm_up import warm_up
 from vllm_lminf.kernels.cpu import CpuLayer
 from vllm_lminf.kernels.interface import Heads, ScoreRules, Situation
 from vllm_lminf.startup import (
@@ -92,6 +94,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         self.compiled = compile_layer(
             kernel_of(self.engine), self.device, self.situation.heads, self.rules
         )
+        compat.register_warm_up(self.engine, warm_up)
 
     def make_ready(self, rotary: Rotary | None) -> None:
         """Gives the layer its kernel, without which it doesn't run.
@@ -100,7 +103,10 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             rotary: by which its queries and keys are turned.
         """
         self.rotary = rotary
-        layer = Layer(self.situation, self.rules, rotary, self.compiled, self.device, self.engine)
+        layer = Layer(
+            self.situation, self.rules, rotary, self.compiled, self.device, self.engine,
+            decode_len=1 + self.engine.num_speculative_tokens,
+        )  # fmt: skip
         self.kernel = LayerKernel(kernel_of(self.engine), layer)
 
     def _situation(self, act_dtype: torch.dtype) -> Situation:
@@ -126,7 +132,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Stores this step's keys and values; see `LayerKernel`."""
-        self._ready_kernel().write_cache(key, value, kv_cache, slot_mapping, _scales_of(layer))
+        self._ready_kernel().write_cache(key, value, kv_cache, slot_mapping, scales_of(layer))
 
     def forward(
         self,
@@ -148,7 +154,8 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             key: unused.
             value: unused.
             kv_cache: shape [num_blocks, num_kv_heads, block_size, 2 * head_size].
-            attn_metadata: the batch; None in a warm-up run, which computes nothing.
+            attn_metadata: the batch; None in a warm-up run, which computes nothing, and where
+                vLLM learns how much memory a step takes.
             output: written in place; shape [num_tokens, num_heads, head_size].
             output_scale: for a fused quantisation of the output, which is not offered.
             output_block_scale: likewise.
@@ -158,9 +165,12 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         if attn_metadata is None:
             if self.watch is not None:
                 self.watch(query, key, value)
+            elif self.kernel is not None:
+                max_requests = self.engine.scheduler_config.max_num_seqs
+                self.kernel.take_memory(output.shape[0], max_requests)
             return output.zero_()
         n = attn_metadata.num_actual_tokens
-        scales = _scales_of(layer)
+        scales = scales_of(layer)
         self._ready_kernel().attend(query[:n], kv_cache, attn_metadata, output[:n], scales)
         return output
 
@@ -168,9 +178,3 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         if self.kernel is None:
             raise RuntimeError("the layer ran before it was known how it turns queries and keys")
         return self.kernel
-
-
-def _scales_of(layer: Any) -> Scales | None:
-    """What the layer's stored keys and values are multiplied with."""
-    key_scale, value_scale = getattr(layer, "_k_scale", None), getattr(layer, "_v_scale", None)
-    return None if key_scale is None or value_scale is None else (key_scale, value_scale)

@@ -1,17 +1,18 @@
 """The kernel of a layer: chosen, made, and called in the same way whichever it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_lminf import compat
 from vllm_lminf.attention.metadata import LambdaMetadata
 from vllm_lminf.attention.rotary import Rotary
-from vllm_lminf.kernels import cpu, paged
+from vllm_lminf.kernels import cpu, flash, paged, xformers
 from vllm_lminf.kernels.choice import choose
 from vllm_lminf.kernels.interface import Heads, PagedCache, Rotation, ScoreRules, Situation
 from vllm_lminf.kernels.native.build import BuildError
@@ -35,6 +36,7 @@ class Layer:
         compiled: the compiled kernel for CPUs, or None where it can't be had.
         device: where the model is.
         engine: what the layer is part of; layers of one engine run one after the other.
+        decode_len: queries of a request that decodes, its drafts included.
     """
 
     situation: Situation
@@ -43,6 +45,15 @@ class Layer:
     compiled: cpu.CpuLayer | None
     device: torch.device
     engine: object
+    decode_len: int = 1
+
+    @property
+    def alike(self) -> Hashable:
+        """Equal for layers that kernels are compiled for alike."""
+        rotary, rules = self.far_rotary, self.rules
+        style = None if rotary is None else (rotary.spec.rotary_dim, rotary.spec.is_neox_style)
+        sinks = None if rules.sinks is None else rules.sinks.dtype
+        return self.situation, style, rules.softcap, sinks
 
     @property
     def far_rotary(self) -> Rotary | None:
@@ -55,11 +66,11 @@ class Kernel(Protocol):
     block stores its keys and values.
 
     Attributes:
-        runs_in_graphs: whether a step may be captured in a CUDA graph: nothing waits for the
-            device, and what is launched depends on shapes alone.
+        in_graphs: which steps may be captured in a CUDA graph: those in which nothing waits for
+            the device, and what is launched depends on shapes alone.
     """
 
-    runs_in_graphs: ClassVar[bool]
+    in_graphs: ClassVar[AttentionCGSupport]
 
     def write_cache(
         self,
@@ -81,6 +92,36 @@ class Kernel(Protocol):
     ) -> None:
         """Attention of a batch; see `vllm_lminf.kernels.paged.lambda_attention`."""
 
+    def warm_up(
+        self,
+        kv_cache: torch.Tensor,
+        max_requests: int,
+        max_query_len: int,
+        scales: Scales | None,
+    ) -> None:
+        """Compiles and loads whatever the two above may launch; see `LayerKernel`."""
+
+
+class _ForHosts:
+    """What the kernels that compile nothing at run time have in common."""
+
+    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+    def warm_up(
+        self,
+        kv_cache: torch.Tensor,
+        max_requests: int,
+        max_query_len: int,
+        scales: Scales | None,
+    ) -> None:
+        """Nothing to do."""
+
+
+def scales_of(layer: Any) -> Scales | None:
+    """What the stored keys and values of one of vLLM's layers are multiplied with."""
+    key_scale, value_scale = getattr(layer, "_k_scale", None), getattr(layer, "_v_scale", None)
+    return None if key_scale is None or value_scale is None else (key_scale, value_scale)
+
 
 class LayerKernel:
     """What a layer does with its cache, by the kernel that suits this cache.
@@ -97,6 +138,9 @@ class LayerKernel:
         self._asked = asked
         self._layer = layer
         self._settled: dict[tuple[int, torch.dtype], tuple[str, Kernel]] = {}
+        # vLLM counts what is on the device once the model is loaded, before there is a cache.
+        self._likely = choose(asked, layer.situation).kernel
+        self._workspace = _workspace(layer) if self._likely in _ON_GPUS else None
 
     def name(self, block_size: int, dtype: torch.dtype) -> str:
         """Which kernel runs on such a cache; one of the settings.
@@ -106,9 +150,31 @@ class LayerKernel:
         """
         return self._settle(block_size, dtype)[0]
 
-    def runs_in_graphs(self, block_size: int, dtype: torch.dtype) -> bool:
-        """Whether the kernel for such a cache may be captured in a CUDA graph."""
-        return self._settle(block_size, dtype)[1].runs_in_graphs
+    def in_graphs(self, block_size: int, dtype: torch.dtype) -> AttentionCGSupport:
+        """Which steps of the kernel for such a cache may be captured in a CUDA graph."""
+        return self._settle(block_size, dtype)[1].in_graphs
+
+    def compiled_for(self, kv_cache: torch.Tensor) -> Hashable:
+        """Equal for layers and caches whose kernels are compiled alike."""
+        name, _ = self._settle(kv_cache.shape[2], kv_cache.dtype)
+        return name, self._layer.alike, kv_cache.dtype, kv_cache.shape[1:], kv_cache.stride()
+
+    def warm_up(
+        self,
+        kv_cache: torch.Tensor,
+        max_requests: int,
+        max_query_len: int,
+        scales: Scales | None = None,
+    ) -> None:
+        """Compiles and loads what steps of up to so many requests and queries may launch."""
+        kernel = self._settle(kv_cache.shape[2], kv_cache.dtype)[1]
+        kernel.warm_up(kv_cache, max_requests, max_query_len, scales)
+
+    def take_memory(self, num_tokens: int, max_requests: int) -> None:
+        """Takes, for a moment, as much memory of the device as a step does besides its results."""
+        if self._likely in _ON_GPUS:
+            size = _ON_GPUS[self._likely](self._layer.situation, num_tokens, max_requests)
+            torch.empty(size, dtype=torch.uint8, device=self._layer.device)
 
     def write_cache(
         self,
@@ -161,10 +227,8 @@ class LayerKernel:
         return choice.kernel
 
 
-class CompiledKernel:
+class CompiledKernel(_ForHosts):
     """`vllm_lminf.kernels.cpu`."""
-
-    runs_in_graphs: ClassVar[bool] = False
 
     def __init__(self, layer: Layer) -> None:
         if layer.compiled is None:
@@ -196,11 +260,9 @@ class CompiledKernel:
         self._layer.lambda_attention(query, kv_cache, batch, output)
 
 
-class ReferenceKernel:
+class ReferenceKernel(_ForHosts):
     """`vllm_lminf.kernels.paged`. It goes through a batch on the host, which on a GPU means that
     the first layer of every step waits for the device."""
-
-    runs_in_graphs: ClassVar[bool] = False
 
     def __init__(self, layer: Layer) -> None:
         self._layer = layer
@@ -273,17 +335,30 @@ class _GpuKernel:
         cache = paged_cache(kv_cache, self._cache_dtype, scales)
         self._attending.lambda_attention(query, cache, metadata.batch, output)
 
+    def warm_up(
+        self,
+        kv_cache: torch.Tensor,
+        max_requests: int,
+        max_query_len: int,
+        scales: Scales | None,
+    ) -> None:
+        """See `Kernel`."""
+        cache = paged_cache(kv_cache, self._cache_dtype, scales)
+        self._attending.warm_up(cache, max_requests, max_query_len)
+        if self._attending is not self._triton:
+            self._triton.warm_up(cache, 1, 1)  # writes the cache
+
 
 class TritonKernel(_GpuKernel):
     """`vllm_lminf.kernels.triton`."""
 
-    runs_in_graphs: ClassVar[bool] = True
+    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
 
 class XformersKernel(_GpuKernel):
     """`vllm_lminf.kernels.xformers`. For prefill it has to know lengths on the host."""
 
-    runs_in_graphs: ClassVar[bool] = False
+    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def __init__(self, layer: Layer) -> None:
         from vllm_lminf.kernels.xformers import XformersLayer
@@ -295,7 +370,7 @@ class XformersKernel(_GpuKernel):
 class FlashKernel(_GpuKernel):
     """`vllm_lminf.kernels.flash`. That its launches may be captured was never tried."""
 
-    runs_in_graphs: ClassVar[bool] = False
+    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def __init__(self, layer: Layer) -> None:
         from vllm_lminf.kernels.flash import FlashLayer
@@ -305,13 +380,39 @@ class FlashKernel(_GpuKernel):
         self._attending = FlashLayer(*_description(layer), _workspace(layer), attend)
 
 
+class HybridKernel(_GpuKernel):
+    """`vllm_lminf.kernels.hybrid`. Steps in which every request decodes are Triton's alone."""
+
+    in_graphs: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, layer: Layer) -> None:
+        from vllm_lminf.kernels.hybrid import HybridLayer
+
+        super().__init__(layer)
+        attend = compat.flash_attention(layer.situation.heads.head_size)
+        self._attending = HybridLayer(
+            *_description(layer), _workspace(layer), attend, layer.decode_len
+        )
+
+
 _MAKERS: dict[str, Callable[[Layer], Kernel]] = {
     "cpu": CompiledKernel,
     "flash": FlashKernel,
+    "hybrid": HybridKernel,
     "reference": ReferenceKernel,
     "triton": TritonKernel,
     "xformers": XformersKernel,
 }
+
+
+_ON_GPUS: dict[str | None, Callable[[Situation, int, int], int]] = {
+    "flash": flash.temporary_bytes,
+    "hybrid": flash.temporary_bytes,
+    "triton": lambda *_: 0,
+    "xformers": xformers.temporary_bytes,
+}
+"""The kernels that Triton's are part of, each with the bytes that a step of so many tokens and
+requests allocates for a while."""
 
 
 def paged_cache(kv_cache: torch.Tensor, dtype: torch.dtype, scales: Scales | None) -> PagedCache:

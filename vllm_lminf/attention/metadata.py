@@ -110,7 +110,7 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
             )
         # Drafts may be made within one captured graph, where a batch changes under its metadata.
         self.supports_draft_decode_metadata_update = (
-            self.get_cudagraph_support(vllm_config, kv_cache_spec) is AttentionCGSupport.ALWAYS
+            self.get_cudagraph_support(vllm_config, kv_cache_spec) is not AttentionCGSupport.NEVER
         )
         learnt = trained.of(target_of(vllm_config))
         sentences = [*learnt.remarks]
@@ -126,8 +126,9 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
-        """All batches, prefill among them, where every layer's kernel may be captured; none where
-        one may not, which leaves graphs of what is between the layers' attention."""
+        """What every layer's kernel may be captured for: all batches, prefill among them, or those
+        in which every request decodes, or none, which leaves graphs of what is between the layers'
+        attention."""
         kernels = [
             layer.impl.kernel
             for layer in get_layers_from_vllm_config(vllm_config, Attention).values()
@@ -135,8 +136,8 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
         if not isinstance(kv_cache_spec, LambdaSpec) or None in kernels:
             return AttentionCGSupport.NEVER
         cache = kv_cache_spec.block_size, kv_cache_spec.dtype
-        captured = kernels and all(kernel.runs_in_graphs(*cache) for kernel in kernels)
-        return AttentionCGSupport.ALWAYS if captured else AttentionCGSupport.NEVER
+        supported = [kernel.in_graphs(*cache) for kernel in kernels]
+        return min(supported, key=lambda s: s.value, default=AttentionCGSupport.NEVER)
 
     def build(
         self,

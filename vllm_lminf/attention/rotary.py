@@ -1,5 +1,7 @@
 """vLLM's rotary modules: read, checked against their own tables, and made exact anywhere."""
 
+import importlib.util
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +54,7 @@ class ExactRotaryEmbedding(nn.Module):
         head_size: dimensions of a head.
         device: where the model is.
         compiled: whether the compiled kernel for CPUs does it, where no compiler of torch's is at
-            work; vLLM's own operator otherwise.
+            work. Otherwise it is Triton's where there is a GPU, and vLLM's own operator elsewhere.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class ExactRotaryEmbedding(nn.Module):
         self.compiled = compiled
         self.tables = RotationTables(spec.inv_freq, device)
         self.rotations = (Rotary(spec, self.tables),)
+        self.fused = not compiled and _has_fused_rotation(device)
         self._step_key = f"lminf rotary {id(self)}"
 
     def forward(
@@ -81,6 +84,8 @@ class ExactRotaryEmbedding(nn.Module):
             given ones, written in place.
         """
         positions = positions.flatten()
+        if self.fused and _computes(query):
+            return self._turn_fused(positions, query, key)
         if torch.compiler.is_compiling():
             cos_sin = self._compute_cos_sin(positions)
             turned = self._turn_traced(query, cos_sin)
@@ -131,6 +136,20 @@ class ExactRotaryEmbedding(nn.Module):
         cos_sin = torch.cat(self.tables(positions), dim=-1)
         return cos_sin if self.spec.magnitude == 1.0 else cos_sin * self.spec.magnitude
 
+    def _turn_fused(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One launch for both, from the tables. Nothing is kept for the other layers of the step:
+        where vLLM cuts a compiled model at its attention layers, they share nothing."""
+        from vllm_lminf.kernels.triton.rotary import turn_heads
+
+        turn = torch.ops.lminf.turn_heads if torch.compiler.is_compiling() else turn_heads
+        turned_query, turned_key = turn(
+            positions, query, key, self.tables.tables,
+            self.head_size, self.spec.is_neox_style, self.spec.magnitude,
+        )  # fmt: skip
+        return turned_query, None if key is None else turned_key
+
     def _turn_by_operator(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
         """vLLM's own rotary operator, handed a table that holds just this step's rows.
 
@@ -149,6 +168,19 @@ class ExactRotaryEmbedding(nn.Module):
         cos, sin = cos_sin.chunk(2, dim=-1)
         heads = x.view(cos.shape[0], -1, self.head_size)
         return rotate(heads, cos, sin, self.spec.is_neox_style).view(x.shape)
+
+
+def _has_fused_rotation(device: torch.device) -> bool:
+    """Whether Triton turns heads there: on GPUs, and where its kernels are interpreted."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == "cuda" or (device.type == "cpu" and interprets)
+
+
+def _computes(x: torch.Tensor) -> bool:
+    """Whether Triton computes in x's dtype there: its interpreter rounds to bfloat16 wrongly."""
+    return x.is_cuda or x.dtype != torch.bfloat16
 
 
 def is_rotary(module: nn.Module) -> bool:

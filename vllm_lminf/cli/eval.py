@@ -163,7 +163,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.decode_tokens < 2:
         problems.append(f"--decode-tokens {args.decode_tokens}: it must be 2 or more")
     if find_spec("matplotlib") is None:
-        problems.append("matplotlib is not installed: pip install 'vllm-lminf[plot]'")
+        problems.append("matplotlib is not installed: pip install 'matplotlib>=3.9,<4'")
     if problems:
         raise CliError("\n".join(problems))
     try:

@@ -12,11 +12,17 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from vllm_lminf import __version__
+from vllm_lminf.cli import doctor as doctor_command
 from vllm_lminf.cli import eval as eval_command
 from vllm_lminf.cli.bench import command as bench_command
 from vllm_lminf.cli.errors import CliError
 
-COMMANDS: dict[str, ModuleType] = {"eval": eval_command, "bench": bench_command}
+COMMANDS: dict[str, ModuleType] = {
+    "eval": eval_command,
+    "bench": bench_command,
+    "doctor": doctor_command,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="vllm-lminf",
         description="LM-Infinite attention for vLLM: measure what it does to your model.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(

@@ -13,6 +13,7 @@ from vllm_lminf.kernels.interface import Situation
 
 _MODULES = {
     "flash": "vllm_lminf.kernels.flash",
+    "hybrid": "vllm_lminf.kernels.hybrid",
     "triton": "vllm_lminf.kernels.triton.layer",
     "xformers": "vllm_lminf.kernels.xformers",
 }
@@ -61,7 +62,8 @@ def _automatic(situation: Situation) -> tuple[str, ...]:
 
     A kernel is here where it was measured to be the fastest of those that serve. On GPUs nothing
     has been measured yet, so it is the one that serves most: xformers and, for the prefill of
-    devices from compute capability 9.0 on, FlashAttention have to be asked for by name.
+    devices from compute capability 9.0 on, FlashAttention, alone or beside Triton's kernels, have
+    to be asked for by name.
 
     The plain kernel stands in for what the best one doesn't serve, except that on GPUs nobody gets
     it for a block size: another one costs nothing.

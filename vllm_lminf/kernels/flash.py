@@ -2,9 +2,26 @@
 
 Made for prefill on devices where FlashAttention knows their hardware best, from compute capability
 9.0 on. The function that attends is the caller's: vLLM ships one.
+
+What a chunk costs, for ``h`` query heads and ``k`` key heads of ``d`` dimensions in 16 bits, ``w``
+keys in the window, ``q`` queries of a request:
+
+- FlashAttention computes ``4 * h * d`` flops for every visible pair, ``w`` of them for a query
+  behind the window's length; 67 Mflop a token for w = 4096, h = 32, d = 128. On an H100's 989
+  Tflop/s that is 68 ns a token and layer; 0.65 to 0.75 of that speed is what FlashAttention 3 is
+  known for.
+- It moves ``4 * h * d`` bytes of queries and outputs a token, 16 KiB, and reads ``(w + q) * 4 * k *
+  d`` bytes of keys and values from memory once, 6 KiB a token of a chunk of 8192 for k = 8: 7 ns a
+  token at 3.35 TB/s. It is bound by its products.
+- The join reads queries, outputs and log-sum-exps and writes outputs, ``6 * h * d`` bytes a token,
+  24 KiB: 7 ns a token, a tenth of the products' time. It computes ``4 * h * d * n_global`` flops a
+  token, 0.2 ns for 10 keys. Rows that see no global key behind their window, the first ``w`` of a
+  sequence, aren't touched. The sinks come in the same pass.
+- The part of the block table that windows lie in is gathered once a step, for all layers.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -18,7 +35,7 @@ from vllm_lminf.kernels.interface import (
 )
 from vllm_lminf.kernels.triton import layer as triton_layer
 from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace
-from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.pattern import LambdaPattern, cdiv
 
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """vLLM's ``flash_attn_varlen_func``, with its ``fa_version`` already given."""
@@ -62,6 +79,55 @@ def reasons_against(situation: Situation) -> list[str]:
     return reasons + [f"the prefix: {reason}" for reason in triton_layer.reasons_against(situation)]
 
 
+def temporary_bytes(situation: Situation, num_tokens: int, max_requests: int) -> int:
+    """What a step allocates for a while: log-sum-exps, and the cut-down block table with its
+    indices of 64 bits. FlashAttention's own workspace, some bytes a tile, is left out."""
+    columns = cdiv(situation.pattern.n_local - 1 + num_tokens, situation.block_size) + 1
+    requests = min(max_requests, num_tokens)
+    return 4 * num_tokens * situation.heads.num_heads + 20 * requests * columns
+
+
+@dataclass(frozen=True)
+class WindowTable:
+    """Where the keys are that some window of a batch sees, and no others.
+
+    A kernel that loads whole tiles follows entries of the block table on both sides of what its
+    rows see. Entries of blocks that were freed name blocks that others have written since, whose
+    NaN would come through a weight of zero. There are none of them here: a request's keys begin
+    with the block in which its first window does. Where they begin makes no difference to
+    distances within a window. It also makes the cost independent of a sequence's length.
+
+    Attributes:
+        block_table: int32 [num_requests, columns].
+        seq_lens: int32 [num_requests]: keys from the first of these blocks on.
+        longest: no request has more.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, batch: DeviceBatch, n_local: int, block_size: int) -> "WindowTable":
+        """Cuts a batch's block table down; made once a step for layers that are alike."""
+        name = ("window table", n_local, block_size)
+        if name not in batch.shared:
+            batch.shared[name] = cls._make(batch, n_local, block_size)
+        table: WindowTable = batch.shared[name]
+        return table
+
+    @classmethod
+    def _make(cls, batch: DeviceBatch, n_local: int, block_size: int) -> "WindowTable":
+        width = batch.block_table.shape[1]
+        columns = min(width, cdiv(n_local - 1 + batch.max_query_len, block_size) + 1)
+        position = batch.seq_lens - batch.query_start_loc.diff()
+        first = (position - n_local + 1).clamp(min=0) // block_size
+        # A request of padding may be of any length.
+        column = first[:, None] + torch.arange(columns, device=first.device)
+        table = batch.block_table.gather(1, column.clamp(max=width - 1))
+        return cls(table, batch.seq_lens - first * block_size, columns * block_size)
+
+
 class FlashLayer:
     """What a layer does with its cache.
 
@@ -89,6 +155,8 @@ class FlashLayer:
         if rules.alibi_slopes is not None:
             raise ValueError("FlashAttention 3 and newer serve no ALiBi")
         self._attend = attend
+        self._heads = heads
+        self._n_local = pattern.n_local
         self._window = [pattern.n_local - 1, 0]
         self._scale = float(rules.scale)
         self._softcap = rules.softcap or 0.0
@@ -108,20 +176,41 @@ class FlashLayer:
         """
         if query.shape[0] == 0 or batch.seq_lens.shape[0] == 0:
             return
+        window = WindowTable.of(batch, self._n_local, cache.key.shape[2])
         _, lse = self._attend(
             query,
             cache.key.transpose(1, 2),
             cache.value.transpose(1, 2),
             max_seqlen_q=batch.max_query_len,
             cu_seqlens_q=batch.query_start_loc,
-            max_seqlen_k=batch.block_table.shape[1] * cache.key.shape[2],
-            seqused_k=batch.seq_lens,
+            max_seqlen_k=window.longest,
+            seqused_k=window.seq_lens,
             softmax_scale=self._scale,
             causal=True,
             window_size=self._window,
             softcap=self._softcap,
-            block_table=batch.block_table,
+            block_table=window.block_table,
             return_softmax_lse=True,
             out=output,
         )
         self._joining.join_global_branch(query, cache, batch, output, lse)
+
+    def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
+        """Compiles and loads whatever `lambda_attention` can launch.
+
+        FlashAttention is called for one token of a request in the cache's first block, which
+        belongs to nobody: what is read there is used for nothing.
+
+        Args:
+            cache: see `TritonLayer.warm_up`.
+            max_requests: likewise.
+            max_query_len: likewise.
+        """
+        heads, device = self._heads, cache.key.device
+        shape = 2, 1, heads.num_heads, heads.head_size
+        query, output = torch.zeros(shape, dtype=heads.dtype, device=device)
+        start = torch.arange(2, dtype=torch.int32, device=device)
+        for queries in {1, max_query_len}:
+            batch = DeviceBatch(start, start[1:], torch.zeros_like(start[:1, None]), queries)
+            self.lambda_attention(query, cache, batch, output)
+        self._joining.warm_up_join(cache, max_query_len)

@@ -16,9 +16,13 @@ nearer than the limit are attended as they are in the cache, as a third part.
 
 import importlib.metadata
 import importlib.util
+import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 
 from vllm_lminf.kernels.interface import (
     DeviceBatch,
@@ -33,6 +37,9 @@ from vllm_lminf.rope import rotate
 
 if TYPE_CHECKING:
     from vllm_lminf.kernels.xformers_plan import Operators, Part, Plan
+
+FEW_QUERIES = 8
+"""Up to so many queries of a request are sequences of their own."""
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_SIZES = (16, 32, 64, 128, 256)
@@ -86,6 +93,33 @@ def reasons_against(situation: Situation) -> list[str]:
     return reasons + _library_reasons()
 
 
+def _flash_attn_reasons() -> list[str]:
+    """Why the installed flash-attn keeps xformers from being imported: it takes some versions of
+    it, and no others. Which ones stands in its source."""
+    xformers, flash_attn = (importlib.util.find_spec(name) for name in ("xformers", "flash_attn"))
+    if flash_attn is None or xformers is None or xformers.origin is None:
+        return []
+    source = (Path(xformers.origin).parent / "ops/fmha/flash.py").read_text(encoding="utf-8")
+    bounds = dict(re.findall(r'FLASH_VER_(MIN|LAST) = parse_version\("([^"]+)"\)', source))
+    if bounds.keys() != {"MIN", "LAST"}:
+        return []  # another xformers, which may take any
+    version = "of no version"  # FlashAttention 4 alone has no package around it
+    if flash_attn.origin is not None:
+        told = Path(flash_attn.origin).read_text(encoding="utf-8")
+        version = (re.findall(r'^__version__ = "([^"]+)"', told, re.MULTILINE) or [version])[0]
+        ignored = os.environ.get("XFORMERS_IGNORE_FLASH_VERSION_CHECK", "0") == "1"
+        fits = version[0].isdigit() and (
+            Version(bounds["MIN"]) <= Version(version) <= Version(bounds["LAST"])
+        )
+        if fits or ignored:
+            return []
+    return [
+        f"flash-attn {version} is installed, and xformers can't be imported beside it: pip install "
+        f'"flash-attn>={bounds["MIN"]},<={bounds["LAST"]}", or uninstall it (PyTorch brings one '
+        "that xformers takes instead), or choose kernel triton"
+    ]
+
+
 def _library_reasons() -> list[str]:
     """Why the installed xformers can't be used. It isn't imported for that: it would look for a
     device."""
@@ -96,9 +130,25 @@ def _library_reasons() -> list[str]:
     if xformers == _LAST_WITH_BLOCK_POINTERS and (int(major), int(minor)) >= _FIRST_TRITON_WITHOUT:
         return [
             f"Triton {triton} has no block pointers, which the split-KV kernel of xformers "
-            f'{xformers} is written with: pip install "triton<3.9", or choose kernel triton'
+            f'{xformers} is written with: pip install "triton<3.9", or choose kernel triton',
+            *_flash_attn_reasons(),
         ]
-    return []
+    return _flash_attn_reasons()
+
+
+def temporary_bytes(situation: Situation, num_tokens: int, max_requests: int) -> int:
+    """What a step allocates for a while, at the most: every request in prefill, and far out, so
+    that each one's window and prefix are copied."""
+    heads, pattern = situation.heads, situation.pattern
+    requests = max(1, min(max_requests, num_tokens // FEW_QUERIES))
+    keys = num_tokens + requests * (pattern.n_local - 1)
+    prefix = requests * (pattern.n_global + 63)
+    key_bytes = 2 * heads.num_kv_heads * heads.head_size * heads.dtype.itemsize
+    # Copies, and their places of three numbers; global keys are turned in float32.
+    copies = keys * (key_bytes + 24) + prefix * (3 * key_bytes + 24)
+    # Queries, turned in float32, and parts of the result with what joins them in float32.
+    row_bytes = heads.num_heads * heads.head_size * (4 * heads.dtype.itemsize + 4 * 4)
+    return copies + num_tokens * row_bytes
 
 
 class XformersLayer:
@@ -113,7 +163,7 @@ class XformersLayer:
 
     Raises:
         ValueError: a rule isn't served.
-        RuntimeError: the installed xformers has no operator for prefill.
+        RuntimeError: the installed xformers can't be imported, or has no operator for prefill.
     """
 
     def __init__(
@@ -125,8 +175,13 @@ class XformersLayer:
         operators: "Operators | None" = None,
     ) -> None:
         # xformers is looked for where it is needed, and nowhere else.
-        from vllm_lminf.kernels import xformers_plan
-
+        try:
+            from vllm_lminf.kernels import xformers_plan
+        except ImportError as error:
+            raise RuntimeError(
+                f"kernel 'xformers': the installed xformers can't be imported ({error}); mend what "
+                "is named, or choose kernel triton"
+            ) from error
         if rules.softcap is not None or rules.alibi_slopes is not None:
             raise ValueError("xformers' operators serve neither a soft-cap nor ALiBi")
         self._planning = xformers_plan
@@ -180,6 +235,28 @@ class XformersLayer:
             queries = queries.reshape(1, -1, self._heads.num_kv_heads, self._group, head_size)
             joint.add(part, *self._attend(queries, *keys[part.source], part))
         output.copy_(joint.finished(self._sinks).view(output.shape))
+
+    def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
+        """Compiles and loads what `lambda_attention` can launch for any number of requests.
+
+        Requests stand at position 0 of the cache's first block, which belongs to nobody: what is
+        read there is used for nothing.
+
+        Args:
+            cache: the layer's.
+            max_requests: no batch has more requests.
+            max_query_len: no request has more queries.
+        """
+        heads, device = self._heads, cache.key.device
+        few = [1 << n for n in range((max_requests - 1).bit_length() + 1)]
+        for requests, queries in [*((n, 1) for n in few), (1, min(max_query_len, FEW_QUERIES + 1))]:
+            rows = requests * queries
+            shape = 2, rows, heads.num_heads, heads.head_size
+            query, output = torch.zeros(shape, dtype=heads.dtype, device=device)
+            start = torch.arange(0, rows + 1, queries, dtype=torch.int32, device=device)
+            lens = torch.full_like(start[1:], queries)
+            table = torch.zeros_like(lens[:, None])
+            self.lambda_attention(query, cache, DeviceBatch(start, lens, table, queries), output)
 
     def _plan(
         self, batch: DeviceBatch, num_tokens: int, block_size: int, pages_per_block: int

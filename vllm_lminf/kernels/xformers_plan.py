@@ -13,10 +13,8 @@ from xformers.ops import fmha
 from xformers.ops.fmha import attn_bias
 
 from vllm_lminf.kernels.interface import DeviceBatch, PagedCache, Rotation
+from vllm_lminf.kernels.xformers import FEW_QUERIES
 from vllm_lminf.pattern import MAX_POSITION, LambdaPattern, cdiv
-
-FEW_QUERIES = 8
-"""Up to so many queries of a request are sequences of their own."""
 
 
 @dataclass(frozen=True)
@@ -400,15 +398,16 @@ class _Planner:
         return Part(source, bias, self.operators.packed, index, len(rows), len(rows))
 
     def _prefix_slots(self) -> Slots:
-        """Places of the global keys; those of tokens that aren't there name block 0."""
+        """Places of the global keys. In place of a token that isn't there stands the first one: a
+        kernel loads whole tiles, and what a weight of zero is multiplied with must be a number."""
         batch = self.batch
         token = torch.arange(self.prefix_page, device=self.device)
-        token = token.masked_fill(token >= self.pattern.n_global, 0)
-        column = (token // self.block_size).clamp(max=batch.block_table.shape[1] - 1)
         has_rows = batch.query_start_loc.diff() > 0
-        is_there = has_rows[:, None] & (token < batch.seq_lens[:, None])
-        block = batch.block_table[:, column].masked_fill(~is_there, 0)
-        return Slots(block.long(), token % self.block_size)
+        is_there = (token < self.pattern.n_global) & (token < batch.seq_lens[:, None])
+        token = token.where(is_there & has_rows[:, None], 0)
+        block = batch.block_table.gather(1, token // self.block_size)
+        # Requests of padding have no blocks.
+        return Slots(block.masked_fill(~has_rows[:, None], 0).long(), token % self.block_size)
 
 
 @dataclass(frozen=True)

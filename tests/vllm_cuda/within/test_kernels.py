@@ -1,14 +1,26 @@
 """How a layer hands its cache and batch to the kernels for GPUs that can't run here."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_lminf import compat
-from vllm_lminf.attention.kernel import FlashKernel, Kernel, Layer, TritonKernel, XformersKernel
+from vllm_lminf.attention import kernel
+from vllm_lminf.attention.kernel import (
+    FlashKernel,
+    HybridKernel,
+    Kernel,
+    Layer,
+    LayerKernel,
+    TritonKernel,
+    XformersKernel,
+)
 from vllm_lminf.attention.metadata import LambdaMetadata
 from vllm_lminf.kernels import xformers
+from vllm_lminf.kernels.choice import Choice
 from vllm_lminf.kernels.interface import DeviceBatch, Heads, PagedCache, ScoreRules, Situation
 from vllm_lminf.pattern import LambdaPattern
 
@@ -41,6 +53,16 @@ def test_triton() -> None:
     torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
 
 
+@pytest.mark.parametrize("decode_len", [1, 3])
+def test_hybrid(decode_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step in which a request decodes doesn't come near FlashAttention, and may be captured."""
+    monkeypatch.setattr(compat, "flash_attention", lambda head_size: "not to be called")
+    kernel = HybridKernel(replace(LAYER, decode_len=decode_len))
+    _, value, output = write_and_attend(kernel)
+    torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
+    assert HybridKernel.in_graphs is AttentionCGSupport.UNIFORM_BATCH
+
+
 def test_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashAttention is handed pages as views of vLLM's cache."""
 
@@ -55,7 +77,7 @@ def test_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "flash_attention", lambda head_size: attend)
     _, value, output = write_and_attend(FlashKernel(LAYER))
     torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
-    assert not FlashKernel.runs_in_graphs
+    assert FlashKernel.in_graphs is AttentionCGSupport.NEVER
 
 
 def test_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,4 +93,23 @@ def test_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xformers, "XformersLayer", Recorder)
     _, value, output = write_and_attend(XformersKernel(LAYER))
     torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
-    assert not XformersKernel.runs_in_graphs
+    assert XformersKernel.in_graphs is AttentionCGSupport.NEVER
+
+
+@pytest.mark.parametrize("asked", ["flash", "hybrid", "xformers"])
+def test_memory_of_a_step(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken for a moment in a run without attention, which is where vLLM looks."""
+    monkeypatch.setattr(kernel, "choose", lambda *_: Choice(asked, {}))
+    taken = []
+    empty = torch.empty
+
+    def record(*size: Any, **options: Any) -> torch.Tensor:
+        taken.append(size)
+        return empty(*size, **options)
+
+    layer_kernel = LayerKernel(asked, LAYER)
+    monkeypatch.setattr(torch, "empty", record)
+    layer_kernel.take_memory(1000, 8)
+    ((size,),) = taken
+    log_sum_exps, keys = 4 * 1000 * 4, 2 * 4 * (8 * 8 + 1000) * 2 * 16
+    assert size >= (keys if asked == "xformers" else log_sum_exps)

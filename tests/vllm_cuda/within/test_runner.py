@@ -3,13 +3,16 @@
 The platform is NVIDIA's and the tensors are the CPU's, where Triton's kernels are interpreted.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from vllm.compilation.backends import split_graph
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import (
     destroy_distributed_environment,
@@ -19,9 +22,11 @@ from vllm.distributed.parallel_state import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.utils import (
@@ -40,6 +45,7 @@ from tests.engine.oracle_model import oracle_logprobs, save_tiny_llama
 from tests.engine.test_exactness import TOLERANCE
 from tests.kv_cache.planning import get_kv_cache_configs
 from vllm_lminf.attention.backend import LambdaAttentionBackend
+from vllm_lminf.attention.kernel import LayerKernel
 from vllm_lminf.attention.metadata import LambdaMetadata
 from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import LambdaPattern
@@ -170,13 +176,20 @@ class Runner:
 
 
 @pytest.fixture(scope="module")
-def runner(config: VllmConfig) -> Runner:
+def registry(config: VllmConfig) -> JitWarmupRegistry:
+    """What vLLM works through before it captures graphs and says that it is ready."""
+    return JitWarmupRegistry(config)
+
+
+@pytest.fixture(scope="module")
+def runner(config: VllmConfig, registry: JitWarmupRegistry) -> Runner:
     """A tiny Llama, loaded as vLLM loads it, on the CPU."""
     loader = get_model_loader(config.load_config)
-    with set_default_torch_dtype(torch.float32):
-        model = initialize_model(vllm_config=config)
-    loader.load_weights(model, config.model_config)
-    process_weights_after_loading(model, config.model_config, CPU)
+    with registry.activate():
+        with set_default_torch_dtype(torch.float32):
+            model = initialize_model(vllm_config=config)
+        loader.load_weights(model, config.model_config)
+        process_weights_after_loading(model, config.model_config, CPU)
     return Runner(model.eval(), config)
 
 
@@ -216,6 +229,91 @@ class TestGraphs:
         assert builder.supports_draft_decode_metadata_update
         by_layer, *_ = runner.metadata({0: (7, 8)}, padded=0)
         builder.update_draft_decode_metadata(next(iter(by_layer.values())))
+
+
+class TestWarmUp:
+    """What is launched then is held against all that serving launches in
+    `tests.kernels.triton.test_keys`."""
+
+    def test_once_for_layers_that_are_alike(
+        self,
+        runner: Runner,
+        registry: JitWarmupRegistry,
+        config: VllmConfig,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """After the caches are there, for the largest batches; nothing is written to the caches."""
+        assert len(registry) == 1
+        calls = []
+        warm_up = LayerKernel.warm_up
+
+        def record(self: LayerKernel, cache: torch.Tensor, *most: Any) -> None:
+            calls.append(most[:2])
+            warm_up(self, cache, *most)
+
+        monkeypatch.setattr(LayerKernel, "warm_up", record)
+        layers = config.compilation_config.static_forward_context.values()
+        before = [layer.kv_cache.clone() for layer in layers]
+        registry.warmup()
+        assert calls == [(4, config.scheduler_config.max_num_batched_tokens)]
+        for layer, cache in zip(layers, before, strict=True):
+            torch.testing.assert_close(layer.kv_cache, cache, rtol=0, atol=0, equal_nan=True)
+
+    def test_memory_is_taken_before_there_is_a_cache(self, runner: Runner) -> None:
+        """vLLM measures what is left for it once the model is loaded, and again in a run without
+        attention."""
+        for layer in runner.config.compilation_config.static_forward_context.values():
+            kernel = layer.impl.kernel
+            assert kernel._workspace is not None
+            settled = kernel._settle(layer.kv_cache.shape[2], layer.kv_cache.dtype)[1]
+            assert settled._triton._workspace is kernel._workspace
+
+
+class TestCompiledPieces:
+    """A compiled model is cut at every attention, and what a piece computes of the positions is
+    computed in every piece."""
+
+    def pieces(self, model: nn.Module, config: VllmConfig) -> list[list[str]]:
+        """The operators of each piece between two layers' attention, by name."""
+        graphs = []
+
+        def cut(graph: torch.fx.GraphModule, _: object) -> Any:
+            operators = config.compilation_config._attention_ops
+            graphs.append(split_graph(graph, operators))
+            return graph.forward
+
+        torch._dynamo.reset()
+        ids = torch.zeros(6, dtype=torch.int64)
+        with torch.no_grad(), set_forward_context(None, config, num_tokens=6):
+            torch.compile(model, backend=cut, fullgraph=True)(ids, torch.arange(6), None)
+        ((_, pieces),) = graphs
+        return [
+            [str(node.target) for node in piece.graph.graph.nodes if node.op.startswith("call_")]
+            for piece in pieces
+            if not piece.is_splitting_graph
+        ]
+
+    def test_one_launch_turns_a_layers_heads(
+        self, runner: Runner, config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As with vLLM's own operator: one in each of the pieces that end in an attention, and
+        nothing else of LMINF in any."""
+        decoder = runner.model.model
+        num_layers = len(decoder.layers)
+        found = self.pieces(decoder, config)
+        monkeypatch.setattr(config.compilation_config, "custom_ops", ["none", "+rotary_embedding"])
+        stock = get_rope(16, 1000, True, {"rope_type": "default", "rope_theta": 10000.0})
+        for layer in decoder.layers:
+            monkeypatch.setitem(layer.self_attn._modules, "rotary_emb", stock)
+        expected = self.pieces(decoder, config)
+        assert len(found) == len(expected) == num_layers + 1
+        for i, (piece, stocks) in enumerate(zip(found, expected, strict=True)):
+            launches = [name for name in piece if name.startswith("lminf.")]
+            assert launches == ["lminf.turn_heads"] * (i < num_layers)
+            assert len(launches) == sum("_C.rotary_embedding" in name for name in stocks)
+            # The others are views and the model's own.
+            rest = Counter(piece) - Counter(stocks) - Counter(launches)
+            assert set(rest) <= {"flatten", "<built-in function getitem>"}, rest
 
 
 def test_as_the_oracle(runner: Runner, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """From the user's arguments to a configuration: the plugin in vLLM for GPUs."""
 
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class TestEnvironment:
             "Scheduler.make_stats",
             "StatLoggerManager.__init__",
             "vllm.v1.engine.core.get_kv_cache_configs",
+            "GPUModelRunner.sample_tokens",  # which is vLLM as it was on any device but a CPU
         }
 
 
@@ -125,12 +127,21 @@ class TestKernel:
             engine(model_path, "cpu")
 
     def test_every_reason_at_once(self, model_path: str) -> None:
-        for kernel in ("xformers", "flash"):
+        for kernel in ("xformers", "flash", "hybrid"):
             with pytest.raises(UnsupportedError) as refusal:
                 engine(model_path, kernel, block_size=8, kv_cache_dtype="fp8", dtype="float32")
             assert len(refusal.value.reasons) >= 3
             for reason in refusal.value.reasons:
                 assert reason.startswith(f"kernel {kernel!r} with --kv-cache-dtype fp8: ")
+
+    @pytest.mark.parametrize("kernel", ["flash", "hybrid"])
+    def test_flash_attention_by_name(
+        self, kernel: str, model_path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert chosen(engine(model_path, kernel)) == kernel
+        monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", None)
+        with pytest.raises(UnsupportedError, match=f"kernel '{kernel}': it isn't part of this"):
+            engine(model_path, kernel)
 
     @pytest.mark.parametrize("capability", [(8, 9), (9, 0)], indirect=True, ids=str)
     @pytest.mark.parametrize("word", ["fp8", "fp8_e4m3", "fp8_e5m2"])

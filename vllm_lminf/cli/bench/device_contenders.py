@@ -170,6 +170,8 @@ def _windowed(batch: Batch, stage: Stage) -> Contender:
         return Contender(pattern, lambda: contiguous(*rows, **shared))
     output = torch.full_like(batch.query, torch.nan)
     key, value = (half.transpose(1, 2) for half in (batch.cache.key, batch.cache.value))
+    # Without the entries of blocks that nobody has: its tiles reach behind the window.
+    cut = flash.WindowTable.of(told, stage.window, key.shape[1])
 
     def run() -> torch.Tensor:
         attend(
@@ -178,9 +180,9 @@ def _windowed(batch: Batch, stage: Stage) -> Contender:
             value,
             max_seqlen_q=told.max_query_len,
             cu_seqlens_q=told.query_start_loc,
-            max_seqlen_k=batch.case.length,
-            seqused_k=told.seq_lens,
-            block_table=told.block_table,
+            max_seqlen_k=cut.longest,
+            seqused_k=cut.seq_lens,
+            block_table=cut.block_table,
             out=output,
             **shared,
         )

@@ -22,7 +22,7 @@ RESULTS = "results.json"
 def prepare_output(output: Path) -> None:
     """Make the output folder; refuse to measure what could not be drawn or written."""
     if find_spec("matplotlib") is None:
-        raise CliError("matplotlib is not installed: pip install 'vllm-lminf[plot]'")
+        raise CliError("matplotlib is not installed: pip install 'matplotlib>=3.9,<4'")
     make_folder(output)
 
 

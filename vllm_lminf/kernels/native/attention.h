@@ -26,6 +26,7 @@
 #include "cache.h"
 #include "interface.h"
 #include "rotary.h"
+#include "threads.h"
 #include "vector.h"
 
 namespace lminf {
@@ -37,11 +38,19 @@ constexpr int64_t kPart = 2 * kStep;           // keys in a part of a split
 constexpr int64_t kSplitQueries = 8;           // requests with more queries aren't split
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// Vectors that share a broadcast. Sums fill most of the registers, 24 of 32 with AVX-512 and 12 of
+// 16 with AVX2, so that as many additions are under way as a core can take.
+template <int rows>
+constexpr int width_for() {
 #if defined(__AVX512F__)
-constexpr int kWidth = 4;  // vectors that share a broadcast: 6 * 4 sums fill 24 of 32 registers
+  return 4;
+#elif defined(__AVX2__)
+  return rows > 3 ? 1 : rows == 3 ? 2 : rows == 2 ? 3 : 4;
 #else
-constexpr int kWidth = 1;
+  return rows > 3 ? 1 : 2;
 #endif
+}
 
 // scores[row][16 * v + lane] for `rows` rows and `width` groups of keys. Sums of many products are
 // formed in slabs, which keeps their rounding down.
@@ -52,11 +61,16 @@ void multiply_keys(const typename T::Operand* query, int64_t query_stride,
   for (int64_t begin = 0; begin < steps; begin += slab) {
     Floats sums[rows][width] = {};
     for (int64_t step = begin; step < std::min(steps, begin + slab); ++step) {
-      for (int row = 0; row < rows; ++row) {
-        const typename T::Operand operand = query[row * query_stride + step];
+      for (int t = 0; t < T::kTerms; ++t) {
+        typename T::Term terms[width];
         for (int v = 0; v < width; ++v) {
-          sums[row][v] =
-              T::multiply_add(sums[row][v], operand, keys[v] + step * kLanes * T::kPack);
+          terms[v] = T::term(keys[v] + step * kLanes * T::kPack, t);
+        }
+        for (int row = 0; row < rows; ++row) {
+          const typename T::Factor factor = T::factor(query[row * query_stride + step], t);
+          for (int v = 0; v < width; ++v) {
+            sums[row][v] = T::multiply_add(sums[row][v], factor, terms[v]);
+          }
         }
       }
     }
@@ -85,11 +99,17 @@ void multiply_values(const typename T::Operand* weights, const typename T::Store
   for (int64_t group = 0; group < groups; ++group) {
     const typename T::Stored* value = values[group] + dimension * T::kPack;
     for (int64_t pack = 0; pack < packs; ++pack) {
-      for (int row = 0; row < rows; ++row) {
-        typename T::Operand weight = weights[row * weights_stride + group * packs + pack];
+      for (int t = 0; t < T::kTerms; ++t) {
+        typename T::Term terms[width];
         for (int v = 0; v < width; ++v) {
-          sums[row][v] = T::multiply_add(
-              sums[row][v], weight, value + (pack * head_size + v * kLanes) * T::kPack);
+          terms[v] = T::term(value + (pack * head_size + v * kLanes) * T::kPack, t);
+        }
+        for (int row = 0; row < rows; ++row) {
+          const typename T::Factor factor =
+              T::factor(weights[row * weights_stride + group * packs + pack], t);
+          for (int v = 0; v < width; ++v) {
+            sums[row][v] = T::multiply_add(sums[row][v], factor, terms[v]);
+          }
         }
       }
     }
@@ -101,6 +121,8 @@ void multiply_values(const typename T::Operand* weights, const typename T::Store
 
 template <typename T, int rows>
 struct RowKernels {
+  static constexpr int kWidth = width_for<rows>();
+
   static void scores(const typename T::Operand* query, int64_t query_stride,
                      const typename T::Stored* const* keys, int64_t groups, int64_t steps,
                      float* scores) {
@@ -550,8 +572,7 @@ void attention(const LminfBatch& batch, const LminfLayer& layer) {
   const std::unique_ptr<std::atomic<int>[]> finished(new std::atomic<int>[num_splits]());
   std::atomic<size_t> next{0};
 
-#pragma omp parallel if (units.size() > 1)
-  {
+  in_threads(units.size() > 1, [&] {
     UnitWorker<T> worker(batch, layer);
     for (size_t u = next++; u < units.size(); u = next++) {
       const Unit& unit = units[u];
@@ -564,7 +585,7 @@ void attention(const LminfBatch& batch, const LminfLayer& layer) {
       }
       worker.write_output();
     }
-  }
+  });
 }
 
 }  // namespace lminf

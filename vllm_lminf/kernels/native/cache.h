@@ -11,6 +11,7 @@
 #pragma once
 
 #include "interface.h"
+#include "threads.h"
 #include "vector.h"
 
 namespace lminf {
@@ -49,9 +50,9 @@ void write_cache(const LminfLayer& layer, const void* key, int64_t key_stride, c
   using Stored = typename T::Stored;
   const Cache<T> cache{layer};
   const int64_t head_size = layer.head_size;
-#pragma omp parallel for if (num_tokens * layer.num_kv_heads * head_size > 16384)
-  for (int64_t token = 0; token < num_tokens; ++token) {
-    if (slots[token] < 0) continue;
+  const int64_t work = num_tokens * layer.num_kv_heads * head_size;
+  for_each(num_tokens, work > 16384, [=](int64_t token) {
+    if (slots[token] < 0) return;
     const int64_t block = slots[token] / layer.block_size, slot = slots[token] % layer.block_size;
     const int64_t offset = slot / kGroup * kGroup, lane = slot % kGroup;
     for (int64_t h = 0; h < layer.num_kv_heads; ++h) {
@@ -64,7 +65,7 @@ void write_cache(const LminfLayer& layer, const void* key, int64_t key_stride, c
         values[value_index<T>(lane, d, head_size)] = v[d];
       }
     }
-  }
+  });
 }
 
 }  // namespace lminf

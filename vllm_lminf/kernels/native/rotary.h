@@ -3,6 +3,7 @@
 #pragma once
 
 #include "interface.h"
+#include "threads.h"
 #include "vector.h"
 
 namespace lminf {
@@ -33,20 +34,19 @@ void rotate(void* query, void* key, const LminfRotation& rotation) {
   const int64_t half = rotation.rotary_half, head_size = rotation.head_size;
   const int64_t num_kv_heads = key == nullptr ? 0 : rotation.num_kv_heads;
   const int64_t work = rotation.num_tokens * (rotation.num_heads + num_kv_heads) * half;
-#pragma omp parallel for if (work > 16384)
-  for (int64_t token = 0; token < rotation.num_tokens; ++token) {
+  for_each(rotation.num_tokens, work > 16384, [&](int64_t token) {
     const float* cos = rotation.cos_sin + token * 2 * half;
     typename T::Stored* row =
         static_cast<typename T::Stored*>(query) + token * rotation.query_stride;
     for (int64_t h = 0; h < rotation.num_heads; ++h) {
       rotate_head<T>(row + h * head_size, cos, cos + half, half, rotation.is_neox_style);
     }
-    if (key == nullptr) continue;
+    if (key == nullptr) return;
     row = static_cast<typename T::Stored*>(key) + token * rotation.key_stride;
     for (int64_t h = 0; h < num_kv_heads; ++h) {
       rotate_head<T>(row + h * head_size, cos, cos + half, half, rotation.is_neox_style);
     }
-  }
+  });
 }
 
 }  // namespace lminf

@@ -20,7 +20,12 @@ def _store(
     tl.store(where, x.to(cache.dtype.element_ty), mask=present)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "stride_key_row", "stride_key_row_head", "stride_value_row", "stride_value_row_head",
+    ],
+    do_not_specialize_on_alignment=["slot_mapping"],
+)  # fmt: skip
 def write_kernel(
     key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale,
     stride_key_row, stride_key_row_head, stride_value_row, stride_value_row_head,
@@ -33,9 +38,14 @@ def write_kernel(
     """One token's keys and values; grid (tokens, groups of TILE_HEADS heads).
 
     Args:
+        key, value: rows of the batch, [tokens, heads, HEAD_SIZE]; strides are multiples of 8.
         slot_mapping: [tokens]; negative for a token that has no slot.
         LARGEST: the largest number of the cache's dtype if that may be exceeded, or None.
     """
+    stride_key_row = tl.multiple_of(stride_key_row, 8)
+    stride_key_row_head = tl.multiple_of(stride_key_row_head, 8)
+    stride_value_row = tl.multiple_of(stride_value_row, 8)
+    stride_value_row_head = tl.multiple_of(stride_value_row_head, 8)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot < 0:

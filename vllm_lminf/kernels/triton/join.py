@@ -11,7 +11,14 @@ from vllm_lminf.kernels.triton.softmax import LOG2_E, begin
 from vllm_lminf.kernels.triton.tiles import request_of_tile
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(
+    # What changes from step to step: a kernel is compiled once for all values.
+    do_not_specialize=[
+        "num_requests", "stride_table", "stride_lse_head",
+        "stride_query_token", "stride_query_head", "stride_output_token", "stride_output_head",
+    ],
+    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "block_table", "lse"],
+)  # fmt: skip
 def join_kernel(
     query, key, value, output, lse,
     query_start_loc, seq_lens, block_table, angles, slopes, sinks, key_scale, value_scale,
@@ -33,6 +40,11 @@ def join_kernel(
         lse: float32 [heads, tokens], the window's log-sum-exp, replaced likewise.
         IS_DECODE: one tile holds all queries of any request.
     """
+    # They are multiples of 8, which Triton isn't told of arguments that it doesn't specialise.
+    stride_query_token = stride_query_token // 8 * 8
+    stride_query_head = stride_query_head // 8 * 8
+    stride_output_token = stride_output_token // 8 * 8
+    stride_output_head = stride_output_head // 8 * 8
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     if IS_DECODE:
         request, skipped = tile, 0

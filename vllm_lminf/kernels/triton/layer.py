@@ -20,15 +20,17 @@ from vllm_lminf.kernels.interface import (
     Situation,
 )
 from vllm_lminf.kernels.triton.plan import (
+    MAX_DECODE_ROWS,
     Plan,
+    Step,
     decode_plan,
     decode_rows,
     hardware_of,
     join_plan,
     most_partial_rows,
-    num_splits,
+    plan_step,
     power_of_two,
-    prefill_plan,
+    steps_of_every_kind,
 )
 from vllm_lminf.pattern import LambdaPattern, cdiv
 
@@ -108,15 +110,8 @@ class Workspace:
 
     def __init__(self, heads: Heads, device: torch.device) -> None:
         self.hardware = hardware_of(device)
-        rows = most_partial_rows(heads, self.hardware.multiprocessors)
-        size = rows * (power_of_two(heads.head_size) + 1)
+        size = most_partial_rows(heads, self.hardware) * (power_of_two(heads.head_size) + 1)
         self._floats = torch.empty(size, dtype=torch.float32, device=device)
-
-    def splits(self, programs: int, pattern: LambdaPattern, plan: Plan, dims: int) -> int:
-        """Among how many programs a tile's keys are split, for what there is room for."""
-        room = self._floats.numel() // (programs * plan.rows * (dims + 1))
-        wanted = num_splits(programs, pattern, plan, self.hardware.multiprocessors)
-        return max(1, min(wanted, room))
 
     def partial_results(self, rows: int, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for results [rows, dims] and their log-sum-exps [rows], each in a row."""
@@ -160,6 +155,7 @@ class TritonLayer:
         self._heads = heads
         self._pattern = pattern
         self._workspace = workspace
+        self._steps: dict[tuple[int, int, torch.dtype], Step] = {}
         self._scale = float(rules.scale)
         self._slopes = None
         if rules.alibi_slopes is not None:
@@ -211,8 +207,7 @@ class TritonLayer:
         narrow = cache.key.dtype in _FP8_DTYPES
         self._write_kernel[num_tokens, cdiv(num_kv_heads, tile_heads)](
             key, value, cache.key, cache.value, slot_mapping, cache.key_scale, cache.value_scale,
-            *key.stride()[:2], *value.stride()[:2], *cache.key.stride()[:3],
-            *cache.value.stride()[:3],
+            *self._row_strides(key, value), *cache.key.stride()[:3], *cache.value.stride()[:3],
             NUM_KV_HEADS=num_kv_heads, TILE_HEADS=tile_heads, HEAD_SIZE=self._heads.head_size,
             DIMS=self._dims, BLOCK_SIZE=cache.key.shape[2],
             LARGEST=torch.finfo(cache.key.dtype).max if narrow else None,
@@ -237,21 +232,54 @@ class TritonLayer:
         num_requests = batch.seq_lens.shape[0]
         if num_requests == 0 or query.shape[0] == 0:
             return
-        heads, hardware = self._heads, self._workspace.hardware
-        rows = decode_rows(heads, batch.max_query_len)
-        short = decode_plan(heads, self._pattern, cache.key.dtype, hardware, rows)
-        skip = 0
-        if batch.max_query_len <= short.queries or num_requests > 1:
-            self._attend_short(query, cache, batch, output, short)
-            skip = short.queries
-        if batch.max_query_len > short.queries:
-            plan = prefill_plan(heads, self._pattern, cache.key.dtype, hardware)
+        step = self._step(num_requests, batch.max_query_len, cache.key.dtype)
+        if step.short is not None:
+            self._attend_short(query, cache, batch, output, step.short, step.splits)
+        if step.long is not None:
+            plan = step.long
             tiles = query.shape[0] // plan.queries + num_requests
-            self._attention_kernel[tiles, heads.num_kv_heads](
-                *self._attention_arguments(query, cache, batch, output, None, None),
-                **self._attention_sizes(cache, plan),
-                TILE_KEYS=plan.keys, IS_DECODE=False, SKIP=skip,
+            self._attention_kernel[tiles, self._heads.num_kv_heads](
+                *self._attention_arguments(query, cache, batch, output, skip=step.skip),
+                **self._attention_sizes(cache, plan), TILE_KEYS=plan.keys, IS_DECODE=False,
             )  # fmt: skip
+
+    def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
+        """Compiles and loads every kernel that `write_cache` and `lambda_attention` can launch.
+
+        Launches them for requests that have no rows, which reads and writes nothing.
+
+        Args:
+            cache: the layer's: its memory order and dtype are what kernels are compiled for.
+            max_requests: no batch has more requests, padding included.
+            max_query_len: no request has more queries.
+        """
+        heads, device = self._heads, cache.key.device
+        query, output = torch.empty(
+            2, 1, heads.num_heads, heads.head_size, dtype=heads.dtype, device=device
+        )
+        rows = query[:, : heads.num_kv_heads]
+        self.write_cache(rows, rows, cache, torch.full((1,), -1, device=device))
+        for requests, queries in steps_of_every_kind(
+            heads, self._pattern, cache.key.dtype, self._workspace.hardware, max_requests,
+            max_query_len,
+        ):  # fmt: skip
+            batch = _without_rows(requests, queries, device)
+            self.lambda_attention(query, cache, batch, output)
+
+    def warm_up_join(self, cache: PagedCache, max_query_len: int) -> None:
+        """The same for what `join_global_branch` can launch."""
+        heads, device = self._heads, cache.key.device
+        query, output = torch.empty(
+            2, 1, heads.num_heads, heads.head_size, dtype=heads.dtype, device=device
+        )
+        lse = torch.empty(heads.num_heads, 1, device=device)
+        seen = set()
+        for queries in range(1, min(max_query_len, MAX_DECODE_ROWS + 1) + 1):
+            plan = self._join_plan(queries, cache.key.dtype)
+            if plan not in seen:
+                seen.add(plan)
+                batch = _without_rows(1, queries, device)
+                self.join_global_branch(query, cache, batch, output, lse)
 
     def join_global_branch(
         self,
@@ -276,19 +304,34 @@ class TritonLayer:
             return
         if self._pattern.n_global == 0 and self._sinks is None:
             return
-        heads, hardware = self._heads, self._workspace.hardware
-        rows = decode_rows(heads, batch.max_query_len)
-        plan = decode_plan(heads, self._pattern, cache.key.dtype, hardware, rows)
-        tiles, is_decode = num_requests, batch.max_query_len <= plan.queries
-        if not is_decode:
-            plan = join_plan(heads, self._pattern, cache.key.dtype, hardware)
-            tiles = query.shape[0] // plan.queries + num_requests
-        self._join_kernel[tiles, heads.num_kv_heads](
+        plan, is_decode = self._join_plan(batch.max_query_len, cache.key.dtype)
+        tiles = num_requests if is_decode else query.shape[0] // plan.queries + num_requests
+        self._join_kernel[tiles, self._heads.num_kv_heads](
             query, cache.key, cache.value, output, lse,
-            *self._batch_arguments(cache, batch), *self._row_strides(query, output),
-            *lse.stride(), *self._cache_strides(cache, batch),
+            *self._batch_arguments(cache, batch), self._scale, num_requests,
+            *self._row_strides(query, output), *lse.stride(), *self._cache_strides(cache, batch),
             **self._attention_sizes(cache, plan), IS_DECODE=is_decode,
         )  # fmt: skip
+
+    def _step(self, num_requests: int, max_query_len: int, cache_dtype: torch.dtype) -> Step:
+        """What a batch launches; thought out once for batches that launch the same."""
+        key = num_requests, min(max_query_len, MAX_DECODE_ROWS + 1), cache_dtype
+        step = self._steps.get(key)
+        if step is None:
+            hardware = self._workspace.hardware
+            step = plan_step(
+                self._heads, self._pattern, cache_dtype, hardware, num_requests, max_query_len
+            )
+            self._steps[key] = step
+        return step
+
+    def _join_plan(self, max_query_len: int, cache_dtype: torch.dtype) -> tuple[Plan, bool]:
+        """Sizes for a batch, and whether one tile holds all queries of any request."""
+        heads, pattern, hardware = self._heads, self._pattern, self._workspace.hardware
+        plan = decode_plan(heads, pattern, cache_dtype, hardware, decode_rows(heads, max_query_len))
+        if max_query_len <= plan.queries:
+            return plan, True
+        return join_plan(heads, pattern, cache_dtype, hardware), False
 
     def _attend_short(
         self,
@@ -297,26 +340,24 @@ class TritonLayer:
         batch: DeviceBatch,
         output: torch.Tensor,
         plan: Plan,
+        splits: int,
     ) -> None:
         """Attention of the requests whose queries fit into one tile."""
-        num_requests, num_kv_heads = batch.seq_lens.shape[0], self._heads.num_kv_heads
-        programs = num_requests * num_kv_heads
-        splits = self._workspace.splits(programs, self._pattern, plan, self._dims)
+        num_requests, heads = batch.seq_lens.shape[0], self._heads
+        queries = min(batch.max_query_len, plan.queries)
         partial = lse = None
+        num_rows = queries * self._group
         if splits > 1:
-            rows = programs * splits * plan.rows
+            rows = num_requests * heads.num_kv_heads * splits * num_rows
             partial, lse = self._workspace.partial_results(rows, self._dims)
-        self._attention_kernel[num_requests, num_kv_heads, splits](
-            *self._attention_arguments(query, cache, batch, output, partial, lse),
-            **self._attention_sizes(cache, plan),
-            TILE_KEYS=plan.keys, IS_DECODE=True, SKIP=0,
+        self._attention_kernel[num_requests, heads.num_kv_heads, splits](
+            *self._attention_arguments(query, cache, batch, output, partial, lse, num_rows),
+            **self._attention_sizes(cache, plan), TILE_KEYS=plan.keys, IS_DECODE=True,
         )  # fmt: skip
         if splits > 1:
-            queries = min(batch.max_query_len, plan.queries)
-            self._reduce_kernel[num_requests, queries, self._heads.num_heads](
+            self._reduce_kernel[num_requests, queries, heads.num_heads](
                 partial, lse, output, batch.query_start_loc, *output.stride()[:2],
-                NUM_SPLITS=splits, SPLITS=power_of_two(splits), NUM_KV_HEADS=num_kv_heads,
-                **self._sizes, TILE_ROWS=plan.rows, TILE_QUERIES=plan.queries,
+                splits, num_rows, plan.queries, NUM_KV_HEADS=heads.num_kv_heads, **self._sizes,
                 num_warps=8 if self._dims > 128 else 4,
             )  # fmt: skip
 
@@ -326,23 +367,33 @@ class TritonLayer:
         cache: PagedCache,
         batch: DeviceBatch,
         output: torch.Tensor,
-        partial: torch.Tensor | None,
-        lse: torch.Tensor | None,
+        partial: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        num_rows: int = 0,
+        skip: int = 0,
     ) -> tuple[Any, ...]:
         return (
             query, cache.key, cache.value, output, partial, lse,
-            *self._batch_arguments(cache, batch), *self._row_strides(query, output),
-            *self._cache_strides(cache, batch),
+            *self._batch_arguments(cache, batch), self._scale, batch.seq_lens.shape[0], num_rows,
+            skip, *self._row_strides(query, output), *self._cache_strides(cache, batch),
         )  # fmt: skip
 
     def _batch_arguments(self, cache: PagedCache, batch: DeviceBatch) -> tuple[Any, ...]:
         return (
             batch.query_start_loc, batch.seq_lens, batch.block_table, self._angles, self._slopes,
-            self._sinks, cache.key_scale, cache.value_scale, self._scale, batch.seq_lens.shape[0],
+            self._sinks, cache.key_scale, cache.value_scale,
         )  # fmt: skip
 
-    def _row_strides(self, query: torch.Tensor, output: torch.Tensor) -> tuple[int, ...]:
-        return (*query.stride()[:2], *output.stride()[:2])
+    def _row_strides(self, *rows: torch.Tensor) -> tuple[int, ...]:
+        """Strides of tokens and heads of every tensor.
+
+        Raises:
+            ValueError: a row doesn't start at a multiple of 8 elements, as the kernels take it to.
+        """
+        strides = tuple(stride for x in rows for stride in x.stride()[:2])
+        if any(stride % 8 for stride in strides):
+            raise ValueError(f"strides {strides}: the Triton kernels take multiples of 8")
+        return strides
 
     def _cache_strides(self, cache: PagedCache, batch: DeviceBatch) -> tuple[int, ...]:
         key, value = cache.key.stride(), cache.value.stride()
@@ -360,3 +411,9 @@ class TritonLayer:
             "num_warps": plan.num_warps,
             "num_stages": plan.num_stages,
         }
+
+
+def _without_rows(num_requests: int, max_query_len: int, device: torch.device) -> DeviceBatch:
+    """Padding alone."""
+    nothing = torch.zeros(num_requests + 1, dtype=torch.int32, device=device)
+    return DeviceBatch(nothing, nothing[1:], nothing[1:, None], max_query_len)

@@ -9,14 +9,17 @@ What a step costs, for heads of ``d`` dimensions, ``w`` keys in the window, elem
   d = 128 and bfloat16, and computes ``4 * w * d`` flops for every query head: 4 flops a byte with
   4 query heads to a key head, far below what keeps any GPU busy. Time is bytes over bandwidth, as
   long as enough of them are under way: some 40 KB a multiprocessor on an H200. Hence small tiles
-  of rows, several stages of keys, and splits for small batches.
+  of rows, several stages of keys, and as many splits as fill the device in whole waves.
 - A prefill chunk computes ``4 * w * d`` flops for every query and query head. A tile of 128 rows
   reads 1 byte for 128 flops, from the L2 cache mostly. Two tiles of keys are on their way while
   one is computed on, hence three stages: with two, a copy would begin when its tile is due.
+  Shared memory that a device hasn't costs stages first, then keys of a tile.
 - The global branch adds ``n_global`` keys to ``w``, and turns the tile of queries once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -27,9 +30,23 @@ MAX_DECODE_ROWS = 64
 """Up to so many rows, a request's queries times the query heads of a key head, one tile holds all
 of them, and its keys are split among programs."""
 
+MOST_TILE_KEYS = 128
+"""No tile has more keys; tiles are powers of two."""
+
 _MIN_ROWS = 16
-_PROGRAMS_PER_MULTIPROCESSOR = 4
-_MIN_TILES_PER_SPLIT = 2
+_MOST_GLOBAL_KEYS = 32
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+_MOST_WAVES = 16
+"""Splits leave no more programs than fill a device so many times."""
+_WARP_GROUPS = (90, 100, 103)
+"""Capabilities on which Triton multiplies by warp groups, or in memory of its own for products."""
+_SCRATCH_BYTES = 4096
+"""Shared memory beside tiles: what threads exchange."""
+_SPLIT_TILES = 0.5
+"""What a split costs beside its tiles, in tiles: its first copies, and handing over its result. A
+guess: nothing here was measured on a device."""
+_PARTIAL_BYTES = 2**25
+"""Room for partial results, at the most."""
 
 
 def power_of_two(n: int) -> int:
@@ -45,22 +62,25 @@ class Hardware:
         is_amd: whether it is an AMD device.
         capability: of a CUDA device, 90 for 9.0; 0 elsewhere.
         multiprocessors: how many programs run side by side at least.
+        shared_memory: bytes of it that a program may have.
     """
 
     is_amd: bool
     capability: int
     multiprocessors: int
+    shared_memory: int
 
 
 def hardware_of(device: torch.device) -> Hardware:
     """The hardware behind a device; for the CPU, some that splits small batches too."""
     if device.type == "cpu":
-        return Hardware(False, 90, 4)
-    properties = torch.cuda.get_device_properties(device)
+        return Hardware(False, 90, 4, 227 * 1024)
+    properties: Any = torch.cuda.get_device_properties(device)
+    count = properties.multi_processor_count
     if torch.version.hip is not None:
-        return Hardware(True, 0, properties.multi_processor_count)
+        return Hardware(True, 0, count, properties.shared_memory_per_block)
     capability = 10 * properties.major + properties.minor
-    return Hardware(False, capability, properties.multi_processor_count)
+    return Hardware(False, capability, count, properties.shared_memory_per_block_optin)
 
 
 @dataclass(frozen=True)
@@ -91,8 +111,8 @@ def decode_rows(heads: Heads, max_query_len: int) -> int:
 
 
 def _global_keys(pattern: LambdaPattern) -> int:
-    """Few enough for keys, their partners and their angles to stay in registers."""
-    return _MIN_ROWS if pattern.n_global <= _MIN_ROWS else 2 * _MIN_ROWS
+    """All at once, up to some number: a tile of queries is turned for every tile of keys."""
+    return max(_MIN_ROWS, min(_MOST_GLOBAL_KEYS, power_of_two(pattern.n_global)))
 
 
 def decode_plan(
@@ -101,11 +121,15 @@ def decode_plan(
     """For requests whose queries fit into one tile of so many rows."""
     # A stage holds 16 KiB of keys and as much of values; half of it in fp8, which needs registers.
     row_bytes = power_of_two(heads.head_size) * max(2, cache_dtype.itemsize)
-    keys = max(16, min(128, 16384 // row_bytes))
-    stages = 2 if hardware.is_amd else 4 if hardware.capability >= 90 else 3
-    warps = 8 if heads.dtype.itemsize > 2 else 4
+    keys = max(16, min(MOST_TILE_KEYS, 16384 // row_bytes))
+    warps = 8 if heads.dtype.itemsize > 2 or rows > 32 else 4
     group = heads.num_heads // heads.num_kv_heads
-    return Plan(rows, rows // group, keys, _global_keys(pattern), warps, stages)
+    plan = Plan(
+        rows, rows // group, keys, _global_keys(pattern), warps, 2 if hardware.is_amd else 4
+    )
+    # Two programs to a multiprocessor, each with 1 KiB of the driver's.
+    room = (hardware.shared_memory + 1024) // _PROGRAMS_PER_MULTIPROCESSOR - 1024
+    return _fitted(plan, heads, cache_dtype, room, plan.num_stages - 1)
 
 
 def prefill_plan(
@@ -113,16 +137,40 @@ def prefill_plan(
 ) -> Plan:
     """For requests of any number of queries."""
     group = heads.num_heads // heads.num_kv_heads
+    by_groups = hardware.capability in _WARP_GROUPS
     if heads.dtype.itemsize > 2:
         rows, keys, stages = 32, 32, 2
     elif heads.head_size > 128:
         rows, keys, stages = 64, 32, 3
     else:
-        rows, keys, stages = 128, 64, 3
+        # Elsewhere scores of 64 keys spill.
+        rows, keys, stages = 128, 64 if by_groups or hardware.is_amd else 32, 3
     if hardware.is_amd:
         stages = 2
     rows = max(rows, power_of_two(group))
-    return Plan(rows, rows // group, keys, _global_keys(pattern), 8, stages)
+    plan = Plan(rows, rows // group, keys, _global_keys(pattern), 8, stages)
+    # Where warp groups multiply, the tile that they read is one more to hold.
+    ahead = stages if by_groups else stages - 1
+    return _fitted(plan, heads, cache_dtype, hardware.shared_memory, ahead)
+
+
+def _fitted(plan: Plan, heads: Heads, cache_dtype: torch.dtype, room: int, tiles: int) -> Plan:
+    """The plan with as many stages, then as many keys, as leave it within its shared memory.
+
+    Args:
+        plan: what is wanted.
+        room: bytes.
+        tiles: of keys, and of values, that the plan's stages hold.
+    """
+    dims = power_of_two(heads.head_size)
+    room -= plan.rows * dims * heads.dtype.itemsize + _SCRATCH_BYTES
+    stages, keys = plan.num_stages, plan.keys
+    while 2 * tiles * keys * dims * cache_dtype.itemsize > room and keys > 16:
+        if stages > 3:
+            stages, tiles = stages - 1, tiles - 1
+        else:
+            keys //= 2
+    return replace(plan, keys=keys, num_stages=stages)
 
 
 def join_plan(
@@ -139,23 +187,119 @@ def join_plan(
     return replace(plan, rows=rows, queries=rows // group)
 
 
-def num_splits(programs: int, pattern: LambdaPattern, plan: Plan, multiprocessors: int) -> int:
+def num_splits(programs: int, tiles: int, slots: int, most: int) -> int:
     """Among how many programs the keys of a tile are split.
 
-    Enough for every multiprocessor to have some, as long as each has keys to read.
+    As many programs as have room run at once, and as many again when these are done: what counts is
+    how many such waves there are, the last one seldom full, and how long the longest program of one
+    takes. Of equal times the fewest splits.
 
     Args:
         programs: how many there are without a split.
-        multiprocessors: of the device.
+        tiles: of keys, for each of them.
+        slots: programs that have room on the device.
+        most: splits that there is room for.
     """
-    tiles = cdiv(pattern.n_local, plan.keys) + cdiv(pattern.n_global, plan.global_keys) + 1
-    wanted = cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, programs)
-    return max(1, min(wanted, tiles // _MIN_TILES_PER_SPLIT))
+    best, best_time = 1, float(cdiv(programs, slots) * tiles)
+    for splits in range(2, min(tiles, most) + 1):
+        waves = cdiv(programs * splits, slots)
+        if waves > _MOST_WAVES:
+            break
+        time = waves * (cdiv(tiles, splits) + _SPLIT_TILES)
+        if time < best_time:
+            best, best_time = splits, time
+    return best
 
 
-def most_partial_rows(heads: Heads, multiprocessors: int) -> int:
-    """Rows of partial results that a step of one query a request leaves at the most.
+def slots_of(hardware: Hardware) -> int:
+    """How many programs of a decode step run at once."""
+    return _PROGRAMS_PER_MULTIPROCESSOR * hardware.multiprocessors
 
-    ``programs * num_splits`` is below ``wanted + programs``, and without a split there are none.
+
+def most_partial_rows(heads: Heads, hardware: Hardware) -> int:
+    """Rows of partial results that there is room for."""
+    row_bytes = 4 * (power_of_two(heads.head_size) + 1)
+    rows = _MOST_WAVES * slots_of(hardware) * decode_rows(heads, 1)
+    return min(rows, _PARTIAL_BYTES // row_bytes)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the attention of a batch launches.
+
+    Attributes:
+        short: for requests whose queries fit into one tile; None where there is no such launch.
+        splits: among how many programs a tile's keys are split in it.
+        long: for requests with more queries, or None.
     """
-    return 2 * _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors * decode_rows(heads, 1)
+
+    short: Plan | None
+    splits: int
+    long: Plan | None
+
+    @property
+    def skip(self) -> int:
+        """Requests with no more queries are left to the launch of the short ones."""
+        return 0 if self.short is None else self.short.queries
+
+
+def plan_step(
+    heads: Heads,
+    pattern: LambdaPattern,
+    cache_dtype: torch.dtype,
+    hardware: Hardware,
+    num_requests: int,
+    max_query_len: int,
+) -> Step:
+    """What is launched for a batch, which depends on nothing but these.
+
+    Args:
+        num_requests: in the batch, padding included; at least 1.
+        max_query_len: no request has more queries; at least 1.
+    """
+    rows = decode_rows(heads, max_query_len)
+    short = decode_plan(heads, pattern, cache_dtype, hardware, rows)
+    long = None
+    if max_query_len > short.queries:
+        long = prefill_plan(heads, pattern, cache_dtype, hardware)
+        if num_requests == 1:
+            return Step(None, 1, long)
+    programs = num_requests * heads.num_kv_heads
+    tiles = cdiv(pattern.n_local, short.keys) + cdiv(pattern.n_global, short.global_keys) + 1
+    room = most_partial_rows(heads, hardware) // (programs * short.rows)
+    return Step(short, num_splits(programs, tiles, slots_of(hardware), room), long)
+
+
+def steps_of_every_kind(
+    heads: Heads,
+    pattern: LambdaPattern,
+    cache_dtype: torch.dtype,
+    hardware: Hardware,
+    max_requests: int,
+    max_query_len: int,
+) -> Iterator[tuple[int, int]]:
+    """Steps that together launch every kernel that any step can launch.
+
+    A kernel is compiled for a `Plan`, and for whether keys are split. Everything else that changes
+    from step to step, the number of splits among it, is told to it when it is launched.
+
+    Args:
+        max_requests: no step has more requests.
+        max_query_len: no request has more queries.
+
+    Yields:
+        num_requests and max_query_len of a step.
+    """
+    lengths: dict[tuple[int, bool], int] = {}
+    for queries in range(1, min(max_query_len, MAX_DECODE_ROWS + 1) + 1):
+        rows = decode_rows(heads, queries)
+        group = heads.num_heads // heads.num_kv_heads
+        lengths.setdefault((rows, queries > rows // group), queries)
+    seen: set[tuple[Plan | None, bool]] = {(None, False)}
+    for queries in lengths.values():
+        for requests in range(1, max_requests + 1):
+            step = plan_step(heads, pattern, cache_dtype, hardware, requests, queries)
+            kinds = {(step.short, step.splits > 1), (step.long, False)}
+            if not kinds <= seen:
+                seen |= kinds
+                yield requests, queries

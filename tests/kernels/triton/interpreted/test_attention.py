@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.batches import Batch, Case, make_batch
-from tests.kernels.test_paged import assert_close
+from tests.kernels.cases import assert_close
 from tests.kernels.triton.cases import (
     FAR,
     OTHERS,
@@ -22,7 +22,7 @@ from tests.kernels.triton.cases import (
     rules_of,
 )
 from vllm_lminf.kernels.interface import DeviceBatch
-from vllm_lminf.kernels.triton import layer as layer_module
+from vllm_lminf.kernels.triton import plan as plan_module
 from vllm_lminf.kernels.triton.plan import Plan, decode_plan, prefill_plan
 
 
@@ -46,8 +46,8 @@ def make_tiles_small(monkeypatch: pytest.MonkeyPatch, rows: int = 16, keys: int 
 
         return plan
 
-    monkeypatch.setattr(layer_module, "prefill_plan", shrink(prefill_plan))
-    monkeypatch.setattr(layer_module, "decode_plan", shrink(decode_plan))
+    monkeypatch.setattr(plan_module, "prefill_plan", shrink(prefill_plan))
+    monkeypatch.setattr(plan_module, "decode_plan", shrink(decode_plan))
 
 
 @pytest.mark.parametrize("case", SERVED[:-1:3] + OTHERS, ids=lambda case: case.id)

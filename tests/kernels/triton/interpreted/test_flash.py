@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from tests.kernels.batches import Case, make_batch
+from tests.kernels.cases import assert_close
 from tests.kernels.flash_batches import by_id, run
-from tests.kernels.test_paged import assert_close
 from tests.kernels.triton.cases import PATTERNS, exact_and_tolerance, rules_of
+
+TILE = 176
+"""Keys of a tile: FlashAttention 3's for small heads, which no block size divides."""
 
 
 def flash_attn_varlen_func(
@@ -32,7 +35,11 @@ def flash_attn_varlen_func(
     return_softmax_lse: bool,
     out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over pages [blocks, tokens, heads, head_size], query by query."""
+    """Attention over pages [blocks, tokens, heads, head_size], query by query.
+
+    Keys are loaded tile by tile, from the tile on in which a row's window begins: scores of those
+    that it doesn't see are hidden, and their values are multiplied with zero.
+    """
     assert causal
     assert return_softmax_lse
     assert k.stride(-1) == v.stride(-1) == 1
@@ -45,14 +52,17 @@ def flash_attn_varlen_func(
         for row in range(start, end):
             i = row - end + seq_len
             left, right = window_size
-            seen = torch.arange(max(0, i - left), min(i + right, seq_len - 1) + 1)
-            block = block_table[request, seen // block_size].long()
+            first = max(0, i - left)
+            loaded = torch.arange(first // TILE * TILE, min(i + right, seq_len - 1) + 1)
+            block = block_table[request, loaded // block_size].long()
             key, value = (
-                x[block, seen % block_size].float().repeat_interleave(group, dim=1) for x in (k, v)
+                x[block, loaded % block_size].float().repeat_interleave(group, dim=1)
+                for x in (k, v)
             )
             scores = torch.einsum("hd,nhd->hn", q[row].float(), key) * softmax_scale
             if softcap > 0:
                 scores = softcap * (scores / softcap).tanh()
+            scores = scores.masked_fill(loaded < first, -torch.inf)
             lse[:, row] = scores.logsumexp(-1)
             out[row] = torch.einsum("hn,nhd->hd", scores.softmax(-1), value).to(out.dtype)
     return out, lse
