@@ -285,6 +285,12 @@ FUNCTIONS = {
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_path": "self",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class": "self",
+    "vllm.config:ModelConfig.get_vocab_size": "self",
+    "vllm.config:ModelConfig.get_hidden_size": "self",
+    "vllm.distributed:get_pp_group": "",
+    "vllm.forward_context:set_forward_context": "attn_metadata vllm_config num_tokens",
+    "vllm.lora.layers:LoRAMapping": "index_mapping prompt_mapping is_prefill",
+    "vllm.lora.model_manager:LoRAModelManager.set_adapter_mapping": "self mapping",
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": (
         "kvcache_spec_cls manager_class uniform_type_base_spec"
     ),
@@ -366,8 +372,10 @@ FIELDS = {
         "config_format trust_remote_code hf_token disable_sliding_window"
     ),
     "vllm.config:CacheConfig": "cache_dtype block_size",
+    "vllm.config:CompilationConfig": "static_forward_context",
+    "vllm.forward_context:ForwardContext": "skip_compiled additional_kwargs",
     "vllm.config:ParallelConfig": (
-        "decode_context_parallel_size prefill_context_parallel_size"
+        "decode_context_parallel_size prefill_context_parallel_size pipeline_parallel_size"
     ),
     "vllm.v1.kv_cache_interface:SlidingWindowSpec": (
         "block_size num_kv_heads head_size head_size_v dtype kv_quant_mode max_tp_shards "
@@ -493,6 +501,18 @@ class TestHooks:
         for runner in ("gpu_model_runner", "gpu.attn_utils"):
             module = importlib.import_module(f"vllm.v1.worker.{runner}")
             assert "customize_attention_spec" in inspect.getsource(module), runner
+
+    def test_a_model_with_adapters_knows_their_manager(self) -> None:
+        from vllm.lora.model_manager import LoRAModelManager
+
+        assert "self.model.lora_manager = self" in inspect.getsource(LoRAModelManager)
+
+    def test_models_are_loaded_before_specs_are_asked_for_and_memory_is_measured(self) -> None:
+        """When the rotation of layers is found."""
+        from vllm.v1.engine.core import EngineCore
+
+        source = inspect.getsource(EngineCore._initialize_kv_caches)
+        assert source.index("get_kv_cache_specs()") < source.index("determine_available_memory()")
 
     def test_spec_registry_fills_itself_only_while_it_is_empty(self) -> None:
         """Why vLLM's own registration is called first; run where nothing is registered yet."""

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
 
 from tests.attention.models import HEAD_SIZE, Model, by_rotary_module, make_rope
 from vllm_lminf.attention.loaded import models
@@ -89,7 +90,7 @@ class OfFloat32(nn.Module):
 
 def settle(model: Model) -> None:
     model.load()
-    models.settle()
+    models.settle(model.impls[0].engine)
 
 
 @pytest.mark.parametrize("turn", [by_rotary_module, norm_before, constant_factor])
@@ -274,6 +275,16 @@ def test_layers_that_are_not_run_are_refused() -> None:
 
     with pytest.raises(UnsupportedError, match=r"layer layers\.1\.attn: not run"):
         settle(Shallow(by_rotary_module, by_rotary_module))
+
+
+def test_what_an_engine_left_that_failed_to_start_is_dropped(model_path: str) -> None:
+    other = EngineArgs(model=model_path, attention_backend="LMINF").create_engine_config()
+    with set_current_vllm_config(other):
+        abandoned = Model(not_at_all).load()
+    model = Model(by_rotary_module)
+    settle(model)
+    assert model.impls[0].kernel is not None
+    assert abandoned.impls[0].kernel is None
 
 
 def test_a_layer_that_was_not_settled_does_not_run() -> None:

@@ -143,7 +143,8 @@ class LambdaAttentionBackend(AttentionBackend):
         buffers for communication), before memory is measured: the time to settle how layers turn
         queries and keys.
         """
-        models.settle()
+        engine = LambdaAttentionImpl.built_last.engine
+        models.settle(engine)
         if type(spec) is SlidingWindowSpec:
             own_window = spec.sliding_window
         elif type(spec) is FullAttentionSpec and not spec.non_causal:
@@ -153,7 +154,6 @@ class LambdaAttentionBackend(AttentionBackend):
         if spec.head_size_v != spec.head_size:
             sizes = f"keys of {spec.head_size} dimensions and values of {spec.head_size_v}"
             raise UnsupportedError([f"{sizes}: not served"])
-        engine = LambdaAttentionImpl.built_last.engine
         return LambdaSpec.of(spec, cache_pattern(engine, own_window), engine.num_lookahead_tokens)
 
     @classmethod

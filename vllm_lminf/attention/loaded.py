@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from vllm.config import VllmConfig
 
 from vllm_lminf.attention import hugging_face, rotary
 from vllm_lminf.attention.probe import find_rotations
@@ -54,14 +55,20 @@ class LoadedModels:
             self._stop_listening()
         return model
 
-    def settle(self) -> None:
+    def settle(self, engine: VllmConfig) -> None:
         """Makes the layers ready that have joined, those of a draft model among them.
+
+        Args:
+            engine: that of the model, or of its draft. What another left, which failed to start,
+                is dropped.
 
         Raises:
             UnsupportedError: a model isn't served.
         """
         while self._unsettled:
             model, impls = self._unsettled.popitem()
+            if _layers_of(impls[0].engine) is not _layers_of(engine):
+                continue
             compiled = all(impl.compiled is not None for impl in impls)
             limit = impls[0].model_pattern.distance_limit
             unserved = make_rotations_exact(model, impls[0].device, limit, compiled)
@@ -100,6 +107,12 @@ class LoadedModels:
                 ["an attention layer is in no module: there is no model to run it with"]
             )
         return max(around, key=lambda module: sum(1 for _ in module.modules()))
+
+
+def _layers_of(engine: VllmConfig) -> dict[str, Any]:
+    """Where vLLM collects the layers of an engine's models."""
+    layers: dict[str, Any] = engine.compilation_config.static_forward_context
+    return layers
 
 
 models = LoadedModels()
