@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.kernels.batches import Case, make_batch
+from tests.kernels.cases import assert_close
 from tests.kernels.flash_batches import by_id, run
-from tests.kernels.test_paged import assert_close
 from tests.kernels.triton.cases import PATTERNS, exact_and_tolerance, rules_of
 from vllm_lminf.kernels.flash import Attend
 

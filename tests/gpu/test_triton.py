@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.batches import Batch, Case, make_batch
-from tests.kernels.test_paged import assert_close
+from tests.kernels.cases import assert_close
 from tests.kernels.triton.cases import (
     PATTERNS,
     RULES,

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.batches import Batch, Case, make_batch, make_rotary
-from tests.kernels.test_paged import CASES, FAR_CASES, VERY_FAR_CASES, assert_close
+from tests.kernels.cases import CASES, FAR_CASES, VERY_FAR_CASES, assert_close
 from vllm_lminf.kernels import reference
 from vllm_lminf.kernels.cpu import CpuBatch, CpuLayer, CpuRotation, serves
 from vllm_lminf.kernels.interface import ScoreRules

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.batches import Batch, Case
-from tests.kernels.test_paged import FAR_CASES, VERY_FAR_CASES
+from tests.kernels.cases import FAR_CASES, VERY_FAR_CASES
 from vllm_lminf.kernels.interface import (
     DeviceBatch,
     Heads,

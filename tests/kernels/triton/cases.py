@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.batches import Batch, Case
-from tests.kernels.test_paged import CASES, FAR_CASES, VERY_FAR_CASES
+from tests.kernels.cases import CASES, FAR_CASES, VERY_FAR_CASES
 from vllm_lminf.kernels.interface import ScoreRules
 from vllm_lminf.pattern import cdiv
 

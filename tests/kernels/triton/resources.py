@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -30,14 +31,36 @@ from vllm_lminf.kernels.triton.plan import Hardware
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotationTables
 
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """Devices to compile for.
+
+    Attributes:
+        target: Triton's.
+        hardware: one of them.
+        architectures: what ptxas assembles for; Triton's own assembler has one for AMD.
+    """
+
+    target: GPUTarget
+    hardware: Hardware
+    architectures: tuple[str, ...] = ()
+
+
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), Hardware(False, 80, 108)),
-    "sm_90": (GPUTarget("cuda", 90, 32), Hardware(False, 90, 132)),
-    "sm_100": (GPUTarget("cuda", 100, 32), Hardware(False, 100, 148)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), Hardware(True, 0, 304)),
+    "A100": Target(GPUTarget("cuda", 80, 32), Hardware(False, 80, 108, 163 * KIB), ("sm_80",)),
+    # Triton compiles the same for 8.9, but for conversions from float8_e4m3fn.
+    "A10, L40S": Target(
+        GPUTarget("cuda", 86, 32), Hardware(False, 86, 72, 99 * KIB), ("sm_86", "sm_89")
+    ),
+    "4090": Target(GPUTarget("cuda", 89, 32), Hardware(False, 89, 128, 99 * KIB), ("sm_89",)),
+    "H100": Target(GPUTarget("cuda", 90, 32), Hardware(False, 90, 132, 227 * KIB), ("sm_90a",)),
+    "B200": Target(GPUTarget("cuda", 100, 32), Hardware(False, 100, 148, 227 * KIB), ("sm_100a",)),
+    "5090": Target(GPUTarget("cuda", 120, 32), Hardware(False, 120, 170, 99 * KIB), ("sm_120a",)),
+    "MI300X": Target(GPUTarget("hip", "gfx942", 64), Hardware(True, 0, 304, 64 * KIB)),
 }
-SHARED_MEMORY = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-"""KiB that a program may have."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CACHES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -74,18 +97,28 @@ class Layer:
 
 
 PLAIN = Layer()
+_WIDE, _SMALL_BLOCKS = Layer((16, 4, 256)), Layer(block_size=16)
+_TWO_LIMITS = Layer(
+    (32, 8, 64), dtype="fp16", is_neox=False, pattern=(100, 4096, 8192), block_size=16
+)
 LAYERS = {
-    "sm_80": [PLAIN, Layer((16, 4, 256)), Layer(cache="e5m2", dtype="fp16")],
-    "sm_90": [
+    "A100": [PLAIN, _WIDE, _SMALL_BLOCKS, Layer(cache="e5m2", dtype="fp16")],
+    "A10, L40S": [PLAIN, _WIDE, _SMALL_BLOCKS, _TWO_LIMITS],
+    "4090": [Layer(cache="e4m3", block_size=16), Layer((16, 4, 256), cache="e4m3")],
+    "H100": [
         PLAIN,
-        Layer((32, 8, 64), dtype="fp16", is_neox=False, pattern=(100, 4096, 4096), block_size=16),
-        Layer((16, 4, 256)),
+        _WIDE,
+        _SMALL_BLOCKS,
+        _TWO_LIMITS,
         Layer(cache="e4m3"),
+        Layer((16, 4, 256), cache="e5m2"),
         Layer(pattern=(100, 4096, 8192), block_size=16),
     ],
-    "sm_100": [PLAIN, Layer((16, 4, 256)), Layer(cache="e4m3", is_neox=False)],
-    "gfx942": [PLAIN, Layer((16, 4, 256)), Layer(cache="e4m3", block_size=16)],
+    "B200": [PLAIN, _WIDE, Layer(cache="e4m3", is_neox=False, block_size=16)],
+    "5090": [PLAIN, _WIDE, Layer((32, 8, 64)), Layer(cache="e4m3", block_size=16)],
+    "MI300X": [PLAIN, _WIDE, Layer(cache="e4m3", block_size=16)],
 }
+"""Of PLAIN every kernel that serves it is compiled, of the others one of each kind."""
 
 
 @dataclass(frozen=True)
@@ -93,26 +126,41 @@ class Usage:
     """What one kernel takes.
 
     Attributes:
+        architecture: what it was assembled for.
         target: a name of TARGETS.
         layer: `Layer.name`.
         kernel: "decode", "prefill", or the name of another kernel.
+        rows: of a tile; 0 where there is none.
+        threads: of a program.
         registers: of a thread.
         spilled: bytes of registers that a thread keeps in memory.
         shared: bytes of shared memory.
-        wgmma: whether it multiplies with Hopper's own instruction.
+        warnings: ptxas's: C7515 where products of Hopper's warp groups wait for one another.
+        products: of warp groups in a row with no wait between, the most; 0 where there are none.
         copies: asynchronous copies of 16 bytes that stand in its code.
         overlaps: whether a loop computes on a tile while others are being copied.
     """
 
+    architecture: str
     target: str
     layer: str
     kernel: str
+    rows: int
+    threads: int
     registers: int
     spilled: int
     shared: int
-    wgmma: bool
+    warnings: tuple[str, ...]
+    products: int
     copies: int
     overlaps: bool
+
+    @property
+    def programs(self) -> int:
+        """How many have room on a multiprocessor of an NVIDIA device at once."""
+        limit = TARGETS[self.target].hardware.shared_memory + KIB
+        registers = -(-self.registers // 8) * 8 * self.threads
+        return min(65536 // registers, limit // (self.shared + KIB))
 
 
 class _Device:
@@ -125,97 +173,123 @@ class _Device:
 
 
 @contextmanager
-def _recorded(target: GPUTarget) -> Iterator[list[tuple[str, Any]]]:
-    """Launches are compiled for the target, and kept instead of run."""
-    compiled: list[tuple[str, Any]] = []
+def _recorded(target: GPUTarget) -> Iterator[dict[str, tuple[str, int, Any]]]:
+    """Launches are compiled for the target, and kept by their hash instead of run."""
+    compiled: dict[str, tuple[str, int, Any]] = {}
     run = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         name = self.fn.__name__.removesuffix("_kernel")
         if name == "attention":
             name = "decode" if options["IS_DECODE"] else "prefill"
-        compiled.append((name, run(self, *arguments, grid=grid, warmup=True, **options)))
+        compiled[kernel.hash] = name, options.get("TILE_ROWS", 0), kernel
 
-    driver.set_active(_Device(target))
-    with mock.patch.object(JITFunction, "run", compile_only):
+    with (
+        mock.patch.object(driver, "_active", _Device(target)),
+        mock.patch.object(JITFunction, "run", compile_only),
+        # Assembled here, once for every architecture, with what ptxas has to say.
+        mock.patch.object(CUDABackend, "make_cubin", return_value=b""),
+    ):
         yield compiled
 
 
 def compile_layer(target_name: str, what: Layer) -> list[Usage]:
-    """All kernels that a layer launches for a mixed batch; the join for the plain layer alone."""
-    target, hardware = TARGETS[target_name]
+    """The kernels that a layer launches, see `LAYERS`; the join for the plain layer alone."""
+    target = TARGETS[target_name]
     heads = Heads(*what.heads, _DTYPES[what.dtype])
     rotation = Rotation(RotationTables(torch.ones(heads.head_size // 2)), what.is_neox)
-    with mock.patch.object(layer_module, "hardware_of", return_value=hardware):
+    with mock.patch.object(layer_module, "hardware_of", return_value=target.hardware):
         workspace = Workspace(heads, torch.device("cpu"))
     layer = TritonLayer(heads, LambdaPattern(*what.pattern), ScoreRules(0.1), rotation, workspace)
     shape = (4, heads.num_kv_heads, what.block_size, heads.head_size)
     scale = None if what.cache is None else torch.ones(1)
     key, value = torch.empty(2, *shape).to(_CACHES.get(what.cache or "", heads.dtype))
     cache = PagedCache(key, value, scale, scale)
-    query = torch.empty(64, heads.num_heads, heads.head_size, dtype=heads.dtype)
-    batch = DeviceBatch(
-        torch.zeros(3, dtype=torch.int32),
-        torch.zeros(2, dtype=torch.int32),
-        torch.zeros(2, 64, dtype=torch.int32),
-        max_query_len=64,
-    )
-    with _recorded(target) as compiled:
-        rows = query[:, : heads.num_kv_heads]
-        layer.write_cache(rows, rows, cache, torch.zeros(64, dtype=torch.int64))
-        layer.lambda_attention(query, cache, batch, torch.empty_like(query))
+    with _recorded(target.target) as compiled:
         if what == PLAIN:
-            lse = torch.empty(heads.num_heads, 64)
-            layer.join_global_branch(query, cache, batch, torch.empty_like(query), lse)
-    usages = []
-    for name, kernel in compiled:
-        registers, spilled = (
-            _cuda_registers(kernel) if target.backend == "cuda" else _amd_registers(kernel)
-        )
-        code = kernel.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-        usages.append(
-            Usage(
-                target_name,
-                what.name,
-                name,
-                registers,
-                spilled,
-                kernel.metadata.shared,
-                wgmma="wgmma.mma_async" in code,
-                copies=len(re.findall(r"cp\.async\.cg\.shared\.global.*, 0x10,", code)),
-                overlaps=bool(re.search(r"async_wait .*\{num = [1-9]", kernel.asm["ttgir"])),
-            )
-        )
-    return usages
+            layer.warm_up(cache, max_requests=256, max_query_len=8192)
+            layer.warm_up_join(cache, max_query_len=8192)
+        else:
+            numbers = torch.zeros(2, dtype=torch.int32)
+            query = torch.empty(64, heads.num_heads, heads.head_size, dtype=heads.dtype)
+            for queries in (1, 64):
+                batch = DeviceBatch(numbers, numbers[1:], numbers[1:, None], queries)
+                layer.lambda_attention(query, cache, batch, torch.empty_like(query))
+    return [
+        _usage(target_name, what, name, rows, kernel, architecture)
+        for name, rows, kernel in compiled.values()
+        for architecture in target.architectures or [str(target.target.arch)]
+    ]
 
 
-def _cuda_registers(kernel: Any) -> tuple[int, int]:
-    """Registers and bytes of stack, which these kernels have for spilled registers alone."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        told = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", told)
-    return int(found[0]), int(found[1])
+def _usage(
+    target_name: str, what: Layer, name: str, rows: int, kernel: Any, architecture: str
+) -> Usage:
+    is_cuda = TARGETS[target_name].target.backend == "cuda"
+    code = kernel.asm["ptx" if is_cuda else "amdgcn"]
+    warnings, products = [], 0
+    if is_cuda:
+        registers, spilled, warnings, machine_code = assemble(code, architecture)
+        products = most_products(machine_code)
+    else:
+        (registers,) = map(int, re.findall(r"\.vgpr_count: +(\d+)", code))
+        (spills,) = map(int, re.findall(r"\.vgpr_spill_count: +(\d+)", code))
+        spilled = 4 * spills
+    return Usage(
+        architecture,
+        target_name,
+        what.name,
+        name,
+        rows,
+        kernel.metadata.num_warps * TARGETS[target_name].target.warp_size,
+        registers,
+        spilled,
+        kernel.metadata.shared,
+        tuple(warnings),
+        products,
+        copies=len(re.findall(r"cp\.async\.cg\.shared\.global.*, 0x10,", code)),
+        overlaps=bool(re.search(r"async_wait .*\{num = [1-9]", kernel.asm["ttgir"])),
+    )
 
 
-def _amd_registers(kernel: Any) -> tuple[int, int]:
-    code = kernel.asm["amdgcn"]
-    (registers,) = re.findall(r"\.vgpr_count: +(\d+)", code)
-    (spills,) = re.findall(r"\.vgpr_spill_count: +(\d+)", code)
-    return int(registers), 4 * int(spills)
+def assemble(ptx: str, architecture: str) -> tuple[int, int, list[str], str]:
+    """Registers, bytes spilled, numbers of warnings, and for Hopper the machine code."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    ptxas = "ptxas-blackwell" if architecture.startswith(("sm_10", "sm_12")) else "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        command = [tools / ptxas, "-v", f"--gpu-name={architecture}", source, "-o", result]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        code = ""
+        if architecture == "sm_90a":
+            command = [tools / "cuobjdump", "-sass", result]
+            code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (registers,) = re.findall(r"Used (\d+) registers", told)
+    (stack,) = re.findall(r"(\d+) bytes stack frame", told)
+    return int(registers), int(stack), sorted(set(re.findall(r"C7\d\d\d", told))), code
+
+
+def most_products(code: str) -> int:
+    """How many products of warp groups stand in a row, at the most, before one is waited for."""
+    instructions = re.findall(r"\b(?:HGMMA|WARPGROUP\.DEPBAR)", code)
+    runs = "".join("p" if found == "HGMMA" else " " for found in instructions).split()
+    return max(map(len, runs), default=0)
 
 
 def table(usages: list[Usage]) -> str:
     """In Markdown."""
-    lines = ["| target | layer | kernel | registers | spilled bytes | shared KiB |"]
-    lines.append("| --- | --- | --- | ---: | ---: | ---: |")
+    lines = [
+        "| device | for | layer | kernel | rows | registers | spilled bytes | shared KiB "
+        "| programs | products in a row | warnings |"
+    ]
+    lines.append("| --- | --- | --- | --- " + 6 * "| ---: " + "| --- |")
     lines += [
-        f"| {u.target} | {u.layer} | {u.kernel} | {u.registers} | {u.spilled} "
-        f"| {u.shared / 1024:.1f} |"
+        f"| {u.target} | {u.architecture} | {u.layer} | {u.kernel} | {u.rows or ''} "
+        f"| {u.registers} | {u.spilled} | {u.shared / KIB:.1f} "
+        f"| {u.programs if TARGETS[u.target].architectures else ''} | {u.products or ''} "
+        f"| {' '.join(u.warnings)} |"
         for u in usages
     ]
     return "\n".join(lines)

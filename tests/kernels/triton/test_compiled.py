@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.kernels.triton import resources
-from tests.kernels.triton.resources import LAYERS, PLAIN, SHARED_MEMORY, TARGETS, Usage, table
+from tests.kernels.triton.resources import LAYERS, PLAIN, TARGETS, Usage, table
 
 ROOT = Path(__file__).parents[3]
-MOST_SPILLED = 128
-"""Bytes a thread, for the layers that matter less: 32 registers."""
+
+
+MOST_SPILLED = 48
+"""Bytes a thread: 12 registers, where a tile of 128 rows reads 8 bits from small blocks. What is
+served by default spills no more than DEFAULT_SPILLED."""
+DEFAULT_SPILLED = 16
 
 
 def compile_for(target: str, cache: Path) -> list[Usage]:
@@ -28,49 +32,64 @@ def compile_for(target: str, cache: Path) -> list[Usage]:
         timeout=1200,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    return [Usage(**usage) for usage in json.loads(result.stdout)]
+    return [
+        Usage(**{**usage, "warnings": tuple(usage["warnings"])})
+        for usage in json.loads(result.stdout)
+    ]
 
 
 @pytest.fixture(scope="module")
 def usages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Usage]]:
     cache = tmp_path_factory.mktemp("triton")
     with ThreadPoolExecutor(2) as pool:
-        targets = ["sm_90", "gfx942", "sm_100", "sm_80"]
+        targets = sorted(TARGETS, key=lambda target: -len(LAYERS[target]))
         return dict(zip(targets, pool.map(lambda t: compile_for(t, cache), targets), strict=True))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_it_fits(target: str, usages: dict[str, list[Usage]]) -> None:
-    kernels = {(usage.layer, usage.kernel) for usage in usages[target]}
-    names = {"write", "decode", "reduce", "prefill"}
-    assert kernels == {
-        *((layer.name, name) for layer in LAYERS[target] for name in names),
-        (PLAIN.name, "join"),
-    }
+    """Shared memory within the device's limit, registers nearly without a spill, no warning."""
     for usage in usages[target]:
-        assert usage.shared <= 1024 * SHARED_MEMORY[target], table([usage])
-        assert usage.spilled <= MOST_SPILLED, table([usage])
+        assert usage.shared <= TARGETS[target].hardware.shared_memory, table([usage])
+        most = DEFAULT_SPILLED if usage.layer == PLAIN.name else MOST_SPILLED
+        assert usage.spilled <= most, table([usage])
+        assert usage.warnings == (), table([usage])
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_spills_where_it_matters_most(target: str, usages: dict[str, list[Usage]]) -> None:
+def test_all_kernels_are_there(target: str, usages: dict[str, list[Usage]]) -> None:
+    kernels = {(usage.layer, usage.kernel, usage.rows) for usage in usages[target]}
+    for layer in LAYERS[target]:
+        told = {(kernel, rows) for name, kernel, rows in kernels if name == layer.name}
+        assert {kernel for kernel, _ in told} >= {"decode", "prefill", "reduce"}
+        if layer == PLAIN:
+            assert {kernel for kernel, _ in told} >= {"write", "join"}
+            assert {rows for kernel, rows in told if kernel == "decode"} == {16, 32, 64}
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if TARGETS[name].architectures])
+def test_decode_runs_two_programs_on_a_multiprocessor(
+    target: str, usages: dict[str, list[Usage]]
+) -> None:
+    """As many as splits are counted for."""
     for usage in usages[target]:
-        if usage.layer == PLAIN.name:
-            assert usage.spilled == 0, table([usage])
+        if usage.kernel == "decode" and usage.rows == 16:
+            assert usage.programs >= 2, table([usage])
 
 
 def test_hopper_is_used_as_such(usages: dict[str, list[Usage]]) -> None:
-    """Prefill multiplies by warp groups; keys and values come in copies of 16 bytes, while the
-    tile before is computed on."""
-    for usage in usages["sm_90"]:
+    """Prefill multiplies by warp groups, a tile's products one behind the other; keys and values
+    come in copies of 16 bytes, while the tile before is computed on."""
+    for usage in usages["H100"]:
         if usage.kernel in ("decode", "prefill"):
             assert usage.copies > 0, usage
             assert usage.overlaps, usage
-            assert usage.wgmma == (usage.kernel == "prefill"), usage
+            assert usage.products >= 4 if usage.kernel == "prefill" else usage.products == 0, usage
 
 
-def test_ampere_copies_ahead(usages: dict[str, list[Usage]]) -> None:
-    for usage in usages["sm_80"]:
+@pytest.mark.parametrize("target", ["A100", "A10, L40S", "4090", "5090"])
+def test_others_copy_ahead(target: str, usages: dict[str, list[Usage]]) -> None:
+    for usage in usages[target]:
         if usage.kernel in ("decode", "prefill"):
             assert usage.copies > 0, usage
             assert usage.overlaps, usage

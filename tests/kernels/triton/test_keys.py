@@ -23,7 +23,7 @@ from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotationTables
 
 MAX_REQUESTS, MAX_TOKENS = 300, 2048
-H100, A10 = Hardware(False, 90, 132), Hardware(False, 86, 72)
+H100, A10 = Hardware(False, 90, 132, 227 * 1024), Hardware(False, 86, 72, 99 * 1024)
 HEADS = [
     Heads(32, 8, 128, torch.bfloat16),
     Heads(9, 3, 40, torch.float16),

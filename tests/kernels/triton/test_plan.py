@@ -25,7 +25,7 @@ from vllm_lminf.pattern import LambdaPattern, cdiv
 
 LLAMA = Heads(32, 8, 128, torch.bfloat16)
 PATTERN = LambdaPattern(10, 4096, 4096)
-H200 = Hardware(False, 90, 132)
+H200 = Hardware(False, 90, 132, 227 * 1024)
 HOPPER = Situation("cuda", (9, 0), LLAMA, PATTERN, torch.bfloat16, 16, True)
 
 

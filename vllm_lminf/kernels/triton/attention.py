@@ -1,9 +1,9 @@
 """The fused kernel for decode and prefill: one softmax over the global branch and the window.
 
 A program attends with a tile of rows: queries of one request at consecutive positions, for all
-query heads of one key head. It walks over tiles of keys, those of the global tokens behind the
-window first, then those of the window; where a tile's keys are split among programs, each takes
-its part of this sequence. Everything about a request is read on the device.
+query heads of one key head. It walks over tiles of keys, those of the window first, then those of
+the global tokens behind it; where a tile's keys are split among programs, each takes its part of
+them. Everything about a request is read on the device.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -43,14 +43,8 @@ def global_branch(
         key, value: the head's shares of block 0.
     """
     dims = tl.arange(0, DIMS)
-    if angles is not None:
-        other = partners(dims, HALF, IS_NEOX)
-        beyond = tl.maximum(position - LIMIT, 0)
-        first_beyond = tl.min(beyond, axis=0)
-        cos, sin = angles_of(angles, first_beyond, beyond - first_beyond, dims, HALF, IS_NEOX)
-        mask = valid[:, None] & (other < HEAD_SIZE)[None, :]
-        exchanged = tl.load(query_row[:, None] + other[None, :], mask=mask, other=0.0)
-        at_limit = turn_back(query, exchanged, cos, sin, dims, HALF, IS_NEOX).to(query.dtype)
+    beyond = tl.maximum(position - LIMIT, 0)
+    first_beyond = tl.min(beyond, axis=0)
     # Few tiles: stages for them would take room from those of the window.
     for tile in tl.range(first_tile, end_tile, num_stages=1):
         start = tile * TILE_GLOBAL
@@ -58,23 +52,44 @@ def global_branch(
         keys = start + offsets
         readable = keys < num_global
         blocks = blocks_of(block_row, tile, 0, num_global - 1, BLOCK_SIZE, TILE_GLOBAL)
-        k = load_rows(
-            key, blocks, keys, dims, readable, stride_key_block, stride_key_token,
-            BLOCK_SIZE, HEAD_SIZE, DIMS,
-        )  # fmt: skip
         distance = position[:, None] - keys[None, :]
         if angles is None:
-            products = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee")
-        else:
-            k_exchanged = load_rows(
-                key, blocks, keys, other, readable, stride_key_block, stride_key_token,
+            k = load_rows(
+                key, blocks, keys, dims, readable, stride_key_block, stride_key_token,
                 BLOCK_SIZE, HEAD_SIZE, DIMS,
             )  # fmt: skip
-            k_cos, k_sin = angles_of(angles, start, offsets, dims, HALF, IS_NEOX)
-            at_zero = turn_back(k, k_exchanged, k_cos, k_sin, dims, HALF, IS_NEOX).to(query.dtype)
-            products = tl.dot(at_limit, tl.trans(at_zero), input_precision="ieee")
+            products = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee")
+        else:
+            # A few dimensions at a time, for what is turned and what it is turned by to stay in
+            # registers beside the softmax.
+            TURNED: tl.constexpr = min(DIMS, 16 if position.shape[0] > 64 else 32)
+            products = tl.zeros((position.shape[0], TILE_GLOBAL), tl.float32)
+            near = products
+            for low in tl.range(0, DIMS, TURNED, num_stages=1):
+                some = low + tl.arange(0, TURNED)
+                other = partners(some, HALF, IS_NEOX)
+                present = valid[:, None] & (some < HEAD_SIZE)[None, :]
+                q = tl.load(query_row[:, None] + some[None, :], mask=present, other=0.0)
+                present = valid[:, None] & (other < HEAD_SIZE)[None, :]
+                q_other = tl.load(query_row[:, None] + other[None, :], mask=present, other=0.0)
+                cos, sin = angles_of(
+                    angles, first_beyond, beyond - first_beyond, some, HALF, IS_NEOX
+                )
+                at_limit = turn_back(q, q_other, cos, sin, some, HALF, IS_NEOX).to(query.dtype)
+                k = load_rows(
+                    key, blocks, keys, some, readable, stride_key_block, stride_key_token,
+                    BLOCK_SIZE, HEAD_SIZE, 0,
+                )  # fmt: skip
+                k_other = load_rows(
+                    key, blocks, keys, other, readable, stride_key_block, stride_key_token,
+                    BLOCK_SIZE, HEAD_SIZE, 0,
+                )  # fmt: skip
+                cos, sin = angles_of(angles, start, offsets, some, HALF, IS_NEOX)
+                at_zero = turn_back(k, k_other, cos, sin, some, HALF, IS_NEOX).to(query.dtype)
+                products = tl.dot(at_limit, tl.trans(at_zero), products, input_precision="ieee")
+                if LIMIT > N_LOCAL:
+                    near = tl.dot(q, tl.trans(k.to(q.dtype)), near, input_precision="ieee")
             if LIMIT > N_LOCAL:
-                near = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee")
                 products = tl.where(distance > LIMIT, products, near)
         scores, unit = score(products, tl.minimum(distance, LIMIT), slopes, scale, SOFTCAP)
         visible = (distance >= N_LOCAL) & (keys < N_GLOBAL)[None, :]
@@ -208,24 +223,13 @@ def attention_kernel(
     window_end = last // TILE_KEYS + 1
     begin_at, end_at = 0, global_tiles + window_end - window_start
     if IS_DECODE:
-        # This program's part of all tiles, those of the global branch first.
+        # This program's part of all tiles; those of the global branch count first.
         share, rest = end_at // tl.num_programs(2), end_at % tl.num_programs(2)
         begin_at = split * share + tl.minimum(split, rest)
         end_at = begin_at + share + tl.where(split < rest, 1, 0)
 
     weighted = tl.zeros((TILE_ROWS, DIMS), tl.float32)
     largest, total = begin(sinks, head, split == 0)
-    if N_GLOBAL > 0:
-        if begin_at < global_tiles:
-            weighted, total, largest = global_branch(
-                weighted, total, largest,
-                q, query_row, valid, position, num_global,
-                begin_at, tl.minimum(end_at, global_tiles),
-                key, value, block_row, angles, row_slopes, scale,
-                stride_key_block, stride_key_token, stride_value_block, stride_value_token,
-                N_GLOBAL, N_LOCAL, LIMIT, HEAD_SIZE, DIMS, HALF, IS_NEOX,
-                SOFTCAP, BLOCK_SIZE, TILE_GLOBAL,
-            )  # fmt: skip
     window_end = window_start + end_at - global_tiles
     window_start += tl.maximum(begin_at - global_tiles, 0)
     if IS_DECODE:
@@ -267,6 +271,20 @@ def attention_kernel(
                 N_LOCAL, HEAD_SIZE, DIMS, SOFTCAP, BLOCK_SIZE, TILE_KEYS, False,
             )  # fmt: skip
             blocks = next_blocks
+
+    # Behind the loops above: before them, what it leaves in registers would have every product of
+    # Hopper's warp groups wait for the one before (ptxas warns of it, C7515).
+    if N_GLOBAL > 0:
+        if begin_at < global_tiles:
+            weighted, total, largest = global_branch(
+                weighted, total, largest,
+                q, query_row, valid, position, num_global,
+                begin_at, tl.minimum(end_at, global_tiles),
+                key, value, block_row, angles, row_slopes, scale,
+                stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+                N_GLOBAL, N_LOCAL, LIMIT, HEAD_SIZE, DIMS, HALF, IS_NEOX,
+                SOFTCAP, BLOCK_SIZE, TILE_GLOBAL,
+            )  # fmt: skip
 
     # A split's keys may all be hidden from some row.
     has_keys = total > 0

@@ -9,15 +9,17 @@ What a step costs, for heads of ``d`` dimensions, ``w`` keys in the window, elem
   d = 128 and bfloat16, and computes ``4 * w * d`` flops for every query head: 4 flops a byte with
   4 query heads to a key head, far below what keeps any GPU busy. Time is bytes over bandwidth, as
   long as enough of them are under way: some 40 KB a multiprocessor on an H200. Hence small tiles
-  of rows, several stages of keys, and splits for small batches.
+  of rows, several stages of keys, and as many splits as fill the device in whole waves.
 - A prefill chunk computes ``4 * w * d`` flops for every query and query head. A tile of 128 rows
   reads 1 byte for 128 flops, from the L2 cache mostly. Two tiles of keys are on their way while
   one is computed on, hence three stages: with two, a copy would begin when its tile is due.
+  Shared memory that a device hasn't costs stages first, then keys of a tile.
 - The global branch adds ``n_global`` keys to ``w``, and turns the tile of queries once.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -28,10 +30,18 @@ MAX_DECODE_ROWS = 64
 """Up to so many rows, a request's queries times the query heads of a key head, one tile holds all
 of them, and its keys are split among programs."""
 
+MOST_TILE_KEYS = 128
+"""No tile has more keys; tiles are powers of two."""
+
 _MIN_ROWS = 16
+_MOST_GLOBAL_KEYS = 32
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 _MOST_WAVES = 16
 """Splits leave no more programs than fill a device so many times."""
+_WARP_GROUPS = (90, 100, 103)
+"""Capabilities on which Triton multiplies by warp groups, or in memory of its own for products."""
+_SCRATCH_BYTES = 4096
+"""Shared memory beside tiles: what threads exchange."""
 _SPLIT_TILES = 0.5
 """What a split costs beside its tiles, in tiles: its first copies, and handing over its result. A
 guess: nothing here was measured on a device."""
@@ -52,22 +62,25 @@ class Hardware:
         is_amd: whether it is an AMD device.
         capability: of a CUDA device, 90 for 9.0; 0 elsewhere.
         multiprocessors: how many programs run side by side at least.
+        shared_memory: bytes of it that a program may have.
     """
 
     is_amd: bool
     capability: int
     multiprocessors: int
+    shared_memory: int
 
 
 def hardware_of(device: torch.device) -> Hardware:
     """The hardware behind a device; for the CPU, some that splits small batches too."""
     if device.type == "cpu":
-        return Hardware(False, 90, 4)
-    properties = torch.cuda.get_device_properties(device)
+        return Hardware(False, 90, 4, 227 * 1024)
+    properties: Any = torch.cuda.get_device_properties(device)
+    count = properties.multi_processor_count
     if torch.version.hip is not None:
-        return Hardware(True, 0, properties.multi_processor_count)
+        return Hardware(True, 0, count, properties.shared_memory_per_block)
     capability = 10 * properties.major + properties.minor
-    return Hardware(False, capability, properties.multi_processor_count)
+    return Hardware(False, capability, count, properties.shared_memory_per_block_optin)
 
 
 @dataclass(frozen=True)
@@ -98,8 +111,8 @@ def decode_rows(heads: Heads, max_query_len: int) -> int:
 
 
 def _global_keys(pattern: LambdaPattern) -> int:
-    """Few enough for keys, their partners and their angles to stay in registers."""
-    return _MIN_ROWS if pattern.n_global <= _MIN_ROWS else 2 * _MIN_ROWS
+    """All at once, up to some number: a tile of queries is turned for every tile of keys."""
+    return max(_MIN_ROWS, min(_MOST_GLOBAL_KEYS, power_of_two(pattern.n_global)))
 
 
 def decode_plan(
@@ -108,11 +121,15 @@ def decode_plan(
     """For requests whose queries fit into one tile of so many rows."""
     # A stage holds 16 KiB of keys and as much of values; half of it in fp8, which needs registers.
     row_bytes = power_of_two(heads.head_size) * max(2, cache_dtype.itemsize)
-    keys = max(16, min(128, 16384 // row_bytes))
-    stages = 2 if hardware.is_amd else 4 if hardware.capability >= 90 else 3
-    warps = 8 if heads.dtype.itemsize > 2 else 4
+    keys = max(16, min(MOST_TILE_KEYS, 16384 // row_bytes))
+    warps = 8 if heads.dtype.itemsize > 2 or rows > 32 else 4
     group = heads.num_heads // heads.num_kv_heads
-    return Plan(rows, rows // group, keys, _global_keys(pattern), warps, stages)
+    plan = Plan(
+        rows, rows // group, keys, _global_keys(pattern), warps, 2 if hardware.is_amd else 4
+    )
+    # Two programs to a multiprocessor, each with 1 KiB of the driver's.
+    room = (hardware.shared_memory + 1024) // _PROGRAMS_PER_MULTIPROCESSOR - 1024
+    return _fitted(plan, heads, cache_dtype, room, plan.num_stages - 1)
 
 
 def prefill_plan(
@@ -120,16 +137,40 @@ def prefill_plan(
 ) -> Plan:
     """For requests of any number of queries."""
     group = heads.num_heads // heads.num_kv_heads
+    by_groups = hardware.capability in _WARP_GROUPS
     if heads.dtype.itemsize > 2:
         rows, keys, stages = 32, 32, 2
     elif heads.head_size > 128:
         rows, keys, stages = 64, 32, 3
     else:
-        rows, keys, stages = 128, 64, 3
+        # Elsewhere scores of 64 keys spill.
+        rows, keys, stages = 128, 64 if by_groups or hardware.is_amd else 32, 3
     if hardware.is_amd:
         stages = 2
     rows = max(rows, power_of_two(group))
-    return Plan(rows, rows // group, keys, _global_keys(pattern), 8, stages)
+    plan = Plan(rows, rows // group, keys, _global_keys(pattern), 8, stages)
+    # Where warp groups multiply, the tile that they read is one more to hold.
+    ahead = stages if by_groups else stages - 1
+    return _fitted(plan, heads, cache_dtype, hardware.shared_memory, ahead)
+
+
+def _fitted(plan: Plan, heads: Heads, cache_dtype: torch.dtype, room: int, tiles: int) -> Plan:
+    """The plan with as many stages, then as many keys, as leave it within its shared memory.
+
+    Args:
+        plan: what is wanted.
+        room: bytes.
+        tiles: of keys, and of values, that the plan's stages hold.
+    """
+    dims = power_of_two(heads.head_size)
+    room -= plan.rows * dims * heads.dtype.itemsize + _SCRATCH_BYTES
+    stages, keys = plan.num_stages, plan.keys
+    while 2 * tiles * keys * dims * cache_dtype.itemsize > room and keys > 16:
+        if stages > 3:
+            stages, tiles = stages - 1, tiles - 1
+        else:
+            keys //= 2
+    return replace(plan, keys=keys, num_stages=stages)
 
 
 def join_plan(

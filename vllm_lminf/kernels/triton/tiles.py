@@ -59,7 +59,8 @@ def load_rows(
         cache: the head's share of block 0.
         blocks: see `blocks_of`.
         keys: int32 [TILE], positions.
-        dims: int32 [DIMS], which dimensions.
+        dims: int32, which dimensions.
+        DIMS: how many; if it is HEAD_SIZE, all of them are there.
         readable: bool [TILE], or None for all.
     """
     rows = cache + blocks.to(tl.int64) * stride_block + keys % BLOCK_SIZE * stride_token

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.batches import Batch, Case, make_batch
-from tests.kernels.test_paged import assert_close
+from tests.kernels.cases import assert_close
 from tests.kernels.triton.cases import (
     FAR,
     OTHERS,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.batches import Batch, Case, make_batch
-from tests.kernels.test_paged import assert_close
+from tests.kernels.cases import assert_close
 from tests.kernels.triton.cases import FAR, exact_and_tolerance, rules_case, rules_of
 from tests.kernels.triton.window import log_sum_exp, window_attention
 from vllm_lminf.kernels.interface import ScoreRules

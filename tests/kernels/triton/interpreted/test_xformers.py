@@ -15,7 +15,7 @@ from xformers.ops import fmha
 from xformers.ops.fmha.common import Context
 
 from tests.kernels.batches import Batch, Case, make_batch
-from tests.kernels.test_paged import assert_close
+from tests.kernels.cases import assert_close
 from tests.kernels.triton.cases import exact_and_tolerance
 from tests.kernels.triton.interpreted import block_pointers
 from tests.kernels.xformers_batches import by_id, far_by_id, make_layer, near, run
