@@ -22,6 +22,7 @@ from vllm_lminf.attention.patterns import cache_pattern
 from vllm_lminf.config import BACKEND_NAME
 from vllm_lminf.kernels.choice import choose
 from vllm_lminf.kernels.interface import Heads, Situation
+from vllm_lminf.kernels.triton.plan import MOST_TILE_KEYS
 from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.startup import ANY_BLOCK_SIZE, UnsupportedError, cache_dtype_of, kernel_of
@@ -68,6 +69,15 @@ class LambdaAttentionBackend(AttentionBackend):
             asked == "auto" and not current_platform.is_cuda_alike()
         )
         return [MultipleOf(1 if any_size else 16)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """On GPUs, where nobody names one: a block that holds any tile of keys whole, so that a
+        tile's block is looked up once and not for every key."""
+        if current_platform.is_cuda_alike() and _asked() != "reference":
+            return MOST_TILE_KEYS
+        preferred: int = super().get_preferred_block_size(default_block_size)
+        return preferred
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

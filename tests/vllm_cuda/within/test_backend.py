@@ -7,6 +7,7 @@ import pytest
 import torch
 import vllm.platforms
 from vllm.config import set_current_vllm_config
+from vllm.config.cache import CacheConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
@@ -16,6 +17,9 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_lminf import compat
 from vllm_lminf.attention.backend import LambdaAttentionBackend
+from vllm_lminf.kernels.interface import Heads
+from vllm_lminf.kernels.triton.plan import Hardware, decode_plan, prefill_plan
+from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import register
 
 DEVICES = [(8, 0), (9, 0), (10, 0)]
@@ -144,6 +148,39 @@ def test_one_memory_order() -> None:
     assert LambdaAttentionBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
 
 
-def test_blocks_that_triton_takes() -> None:
-    assert LambdaAttentionBackend.get_supported_kernel_block_sizes() == [MultipleOf(16)]
-    assert LambdaAttentionBackend.get_preferred_block_size(16) == 16
+class TestBlockSizes:
+    def chosen(self, model_path: str, kernel: str, **arguments: Any) -> int:
+        """The block size that vLLM's platform settles on, from an engine's arguments."""
+        section = {"lminf": {"kernel": kernel, "n_local": 512}}
+        config = EngineArgs(
+            model=model_path, attention_backend="LMINF", additional_config=section, **arguments
+        ).create_engine_config()
+        if not config.cache_config.user_specified_block_size:
+            return current_platform._preferred_block_size_for_backends(
+                [LambdaAttentionBackend], CacheConfig.DEFAULT_BLOCK_SIZE, config
+            )
+        return config.cache_config.block_size
+
+    def test_what_triton_takes(self) -> None:
+        assert LambdaAttentionBackend.get_supported_kernel_block_sizes() == [MultipleOf(16)]
+
+    @pytest.mark.parametrize("capability", DEVICES, indirect=True, ids=str)
+    @pytest.mark.parametrize("kernel", ["auto", "triton"])
+    def test_unless_one_is_named_a_block_holds_any_tile(
+        self, capability: DeviceCapability, kernel: str, model_path: str
+    ) -> None:
+        block_size = self.chosen(model_path, kernel)
+        hardware = Hardware(False, 10 * capability.major + capability.minor, 132, 227 * 1024)
+        for dtype in (torch.bfloat16, torch.float32):
+            for head_size in (16, 64, 128, 256):
+                heads = Heads(8, 2, head_size, dtype)
+                arguments = heads, LambdaPattern(100, 4096, 4096), dtype, hardware
+                for plan in (prefill_plan(*arguments), decode_plan(*arguments, 16)):
+                    assert block_size % plan.keys == 0
+                    assert block_size % plan.global_keys == 0
+
+    def test_a_size_that_was_named_stays(self, model_path: str) -> None:
+        assert self.chosen(model_path, "auto", block_size=16) == 16
+
+    def test_the_plain_kernel_has_no_tiles(self, model_path: str) -> None:
+        assert self.chosen(model_path, "reference") == CacheConfig.DEFAULT_BLOCK_SIZE
