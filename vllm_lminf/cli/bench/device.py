@@ -35,8 +35,8 @@ TOLERANCES = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 rounding makes of it. One of 4096 keys that is left out moves the output by 0.016."""
 
 _FLUSH_BYTES = 2**28
-"""More than any device keeps near its processors: what a call left there is gone after writing so
-much."""
+"""More than any device keeps near its processors: what a call left there is gone after reading so
+much. Reading leaves nothing to be written back while the next call is timed."""
 _SLEEP_CYCLES = 2_000_000
 """About a millisecond, in which the host hands over all of a call's launches."""
 
@@ -51,7 +51,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._flushed = None
         if device.type == "cuda":
-            self._flushed = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+            self._flushed = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
 
     def __call__(self, run: Callable[[], object], repeats: int) -> float:
         """The mean of so many calls."""
@@ -60,7 +60,7 @@ class Clock:
         pairs = []
         for _ in range(repeats):
             begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flushed.zero_()
+            self._flushed.max()
             torch.cuda._sleep(_SLEEP_CYCLES)
             begin_event.record()
             run()
