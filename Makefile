@@ -6,6 +6,7 @@
 PIP_ARGS   ?=
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
+MUTANT_ARGS ?=
 
 # The first of these that is Python 3.11 or newer.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -23,7 +24,7 @@ BENCH      := build/bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv model vllm-cuda demo test families bench serve lint format clean
+.PHONY: help venv model vllm-cuda demo test families mutants bench serve lint format clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +68,10 @@ test: venv model vllm-cuda  ## lint, check types and run every test
 families: venv  ## test every model family, and write what was measured into the README's table
 	$(BIN)/pytest tests/engine/test_families.py -k "not readme" $(PYTEST_ARGS)
 	$(BIN)/python -m tests.engine.families_table
+
+# MUTANT_ARGS="--file attention.py --every 10" tests some of them; all take hours.
+mutants: venv  ## change the Triton kernels one place at a time, and list what no test notices
+	$(BIN)/python tools/mutants.py $(MUTANT_ARGS)
 
 bench: venv model  ## time LMINF beside vLLM's own attention, and write the README's tables of speed
 	$(BIN)/vllm-lminf bench kernel --output $(BENCH)/kernel
