@@ -44,6 +44,19 @@ struct Cache {
   }
 };
 
+// One token's keys and values of one head, into their group. By itself: in the middle of all else the
+// loop has too few registers for its addresses.
+template <typename T>
+__attribute__((noinline)) void write_head(typename T::Stored* keys, typename T::Stored* values,
+                                          const typename T::Stored* key,
+                                          const typename T::Stored* value, int64_t lane,
+                                          int64_t head_size) {
+  for (int64_t d = 0; d < head_size; ++d) {
+    keys[key_index<T>(lane, d)] = key[d];
+    values[value_index<T>(lane, d, head_size)] = value[d];
+  }
+}
+
 template <typename T>
 void write_cache(const LminfLayer& layer, const void* key, int64_t key_stride, const void* value,
                  int64_t value_stride, const int64_t* slots, int64_t num_tokens) {
@@ -58,12 +71,8 @@ void write_cache(const LminfLayer& layer, const void* key, int64_t key_stride, c
     for (int64_t h = 0; h < layer.num_kv_heads; ++h) {
       const Stored* k = static_cast<const Stored*>(key) + token * key_stride + h * head_size;
       const Stored* v = static_cast<const Stored*>(value) + token * value_stride + h * head_size;
-      Stored* keys = cache.keys(block, offset, h);
-      Stored* values = cache.values(block, offset, h);
-      for (int64_t d = 0; d < head_size; ++d) {
-        keys[key_index<T>(lane, d)] = k[d];
-        values[value_index<T>(lane, d, head_size)] = v[d];
-      }
+      write_head<T>(cache.keys(block, offset, h), cache.values(block, offset, h), k, v, lane,
+                    head_size);
     }
   });
 }
