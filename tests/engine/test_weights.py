@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 
 from tests.engine.conftest import Engine
 from tests.engine.oracle_model import oracle_logprobs, save_tiny_llama
@@ -147,6 +148,9 @@ def test_four_bit_weights(engine: Engine, tmp_path: Path) -> None:
     """vLLM's kernel for them runs in 16 bits alone. Against the weights that the bits stand for, in
     float64: inside the window LMINF may be no further off than stock vLLM is, and beyond it no
     further than LMINF is on those weights unpacked."""
+    current_platform.import_kernels()
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        pytest.skip("vLLM's own kernel for 4-bit weights needs AVX-512, which this CPU lacks")
     packed, plain = quantise(save_tiny_llama(tmp_path / "model", 4, 2, 64), tmp_path)
     inside, beyond = random_prompts([60] * 6), random_prompts([150, 300, 400])
     ours = LAMBDA | {"dtype": "bfloat16"}
