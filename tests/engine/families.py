@@ -633,7 +633,7 @@ REFUSED_FAMILIES = {
         r"layers \S+\.0\.\S*attn, \S+\.1\.\S*attn: its queries and keys, 16 dimensions each, "
         r"aren't turned by a rotation",
     ),
-    "ministral-3": RefusedFamily(
+    "ministral-3-beyond": RefusedFamily(
         "Ministral 3 beyond its trained length",
         "YaRN; a factor on the queries that grows with the position",
         "Ministral3Config",
