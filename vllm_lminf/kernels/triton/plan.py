@@ -74,7 +74,7 @@ class Hardware:
 def hardware_of(device: torch.device) -> Hardware:
     """The hardware behind a device; for the CPU, some that splits small batches too."""
     if device.type == "cpu":
-        return Hardware(False, 90, 4, 227 * 1024)
+        return Hardware(False, 90, 16, 227 * 1024)
     properties: Any = torch.cuda.get_device_properties(device)
     count = properties.multi_processor_count
     if torch.version.hip is not None:

@@ -21,9 +21,10 @@ from tests.kernels.triton.cases import (
     rules_case,
     rules_of,
 )
-from vllm_lminf.kernels.interface import DeviceBatch
+from vllm_lminf.kernels.interface import DeviceBatch, Heads
 from vllm_lminf.kernels.triton import plan as plan_module
 from vllm_lminf.kernels.triton.plan import Plan, decode_plan, prefill_plan
+from vllm_lminf.pattern import LambdaPattern
 
 
 @pytest.fixture
@@ -138,6 +139,31 @@ def test_every_boundary(pattern: tuple[int, int, int], block_size: int, small_ti
     batch = make_batch(case)
     exact, tolerance = exact_and_tolerance(batch, torch.float32)
     assert_close(batch.run_triton(torch.float32), exact, tolerance)
+
+
+@pytest.mark.parametrize("splits", [3, 17])
+def test_any_number_of_splits(
+    splits: int, small_tiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer than a request has tiles, and more; as many as are joined at a time, and more. One
+    request fills its tile of 8 queries, one has more and is not split."""
+    monkeypatch.setattr(plan_module, "num_splits", lambda *_: splits)
+    requests = ((400, 1), (3, 1), (350, 8), (330, 9), (0, 2))
+    case = Case("all", requests, heads=(2, 1), head_size=24, pattern=(20, 300, 320))
+    batch = make_batch(case)
+    exact, tolerance = exact_and_tolerance(batch, torch.float32)
+    assert_close(batch.run_triton(torch.float32), exact, tolerance)
+
+
+def test_on_a_cpu_batches_are_split_too() -> None:
+    """So that the tests here see splits as they are planned."""
+    hardware = plan_module.hardware_of(torch.device("cpu"))
+    heads = Heads(4, 2, 64, torch.float32)
+    for num_requests in (1, 2, 3, 4):
+        step = plan_module.plan_step(
+            heads, LambdaPattern(10, 300, 300), torch.float32, hardware, num_requests, 1
+        )
+        assert step.splits > 1
 
 
 @st.composite
