@@ -1,5 +1,6 @@
 """What tests of every kind share."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,13 @@ import pytest
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+# Several processes that test share the cores: threads that have nothing to do sleep, rather than
+# spin on a core that another process needs, and no engine binds its threads to cores that another
+# has bound its own to.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 _MODEL = Path(__file__).parents[1] / "build" / "models" / "SmolLM2-135M-Instruct"
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.models.transformers import base
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
@@ -18,6 +19,34 @@ Engine = Callable[..., AbstractContextManager[LLM]]
 
 # Triton decides when a kernel is defined whether it will be interpreted.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
+
+@contextlib.contextmanager
+def _classes_restored() -> Iterator[None]:
+    """Where vLLM runs Hugging Face's code, it changes the decoder's class for its compiler; models
+    that a test makes of that class without an engine can't be built then."""
+    change = base.support_torch_compile
+    before: dict[type, tuple[tuple[type, ...], dict[str, Any]]] = {}
+
+    def change_and_remember(**arguments: Any) -> Callable[[type], type]:
+        def decorate(cls: type) -> type:
+            before.setdefault(cls, (cls.__bases__, dict(vars(cls))))
+            changed: type = change(**arguments)(cls)
+            return changed
+
+        return decorate
+
+    base.support_torch_compile = change_and_remember
+    try:
+        yield
+    finally:
+        base.support_torch_compile = change
+        for cls, (bases, attributes) in before.items():
+            for name in vars(cls).keys() - attributes.keys():
+                delattr(cls, name)
+            for name in attributes.keys() & {"__init__", "__call__"}:
+                setattr(cls, name, attributes[name])
+            cls.__bases__ = bases
 
 
 @contextlib.contextmanager
@@ -49,17 +78,18 @@ def start_engine(
     # An engine in this process leaves variables of its own behind, one that fails to start too.
     environment = dict(os.environ)
     try:
-        llm = LLM(
-            str(model),
-            attention_backend=backend,
-            additional_config={"lminf": settings} if settings else {},
-            **(defaults | arguments),
-        )
-        try:
-            yield llm
-        finally:
-            llm.llm_engine.engine_core.shutdown()
-            del llm
+        with _classes_restored():
+            llm = LLM(
+                str(model),
+                attention_backend=backend,
+                additional_config={"lminf": settings} if settings else {},
+                **(defaults | arguments),
+            )
+            try:
+                yield llm
+            finally:
+                llm.llm_engine.engine_core.shutdown()
+                del llm
     finally:
         gc.collect()
         cleanup_dist_env_and_memory()

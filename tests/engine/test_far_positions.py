@@ -25,6 +25,7 @@ from tests.engine.families import make_config
 from vllm_lminf.attention.hugging_face import ExactPositionEmbeddings
 from vllm_lminf.attention.rotary import ExactRotaryEmbedding
 from vllm_lminf.pattern import MAX_POSITION
+from vllm_lminf.rope import RotarySpec
 
 pytestmark = pytest.mark.engine
 
@@ -90,6 +91,7 @@ class Kind:
         magnitude: factor on rotated vectors.
         is_neox_style: how pairs lie.
         distance_limit: LMINF's setting, where it matters.
+        keeps_float32: whether cosines and sines are float32 in every model.
     """
 
     config_class: str
@@ -98,6 +100,7 @@ class Kind:
     magnitude: float = 1.0
     is_neox_style: bool = True
     distance_limit: int | None = None
+    keeps_float32: bool = False
 
 
 def llama(inv_freq: torch.Tensor, magnitude: float = 1.0, **rope: Any) -> Kind:
@@ -122,10 +125,10 @@ def _phi3(limit: int, factors: list[float]) -> Kind:
     return Kind("Phi3Config", settings, [longrope(factors)], magnitude, distance_limit=limit)
 
 
-def _hugging_face(config_class: str, factor: float = 1.0, is_neox_style: bool = True) -> Kind:
+def _hugging_face(config_class: str, factor: float = 1.0, **kind: bool) -> Kind:
     settings = {"rope_parameters": _rope(partial_rotary_factor=factor), "head_dim": HEAD_SIZE}
     inv_freq = [plain(int(HEAD_SIZE * factor))]
-    return Kind(config_class, settings, inv_freq, is_neox_style=is_neox_style)
+    return Kind(config_class, settings, inv_freq, **kind)
 
 
 _YARN_MAGNITUDE = 0.1 * math.log(4.0) + 1.0
@@ -173,7 +176,7 @@ KINDS = {
     "gpt-neox": _hugging_face("GPTNeoXConfig", 0.25),
     "phi": _hugging_face("PhiConfig", 0.5),
     "glm": _hugging_face("GlmConfig", 0.5, is_neox_style=False),
-    "olmo2": _hugging_face("Olmo2Config"),
+    "olmo2": _hugging_face("Olmo2Config", keeps_float32=True),
 }
 
 
@@ -210,22 +213,33 @@ def model_of(llm: LLM) -> nn.Module:
     return model
 
 
-def rotary_modules(llm: LLM) -> list[nn.Module]:
-    """Every rotary module of an engine's model, in the order of its layers."""
+def rotary_modules(llm: LLM) -> list[tuple[nn.Module, RotarySpec]]:
+    """Every rotary module of an engine's model, in the order of its layers, and the rotation that
+    was found at the layers that use it."""
+    model = model_of(llm)
+    layers = [layer for m in model.modules() if (layer := getattr(m, "impl", None)) is not None]
+    found = {layer.rotary for layer in layers}
     kinds = (ExactRotaryEmbedding, ExactPositionEmbeddings)
-    return [module for module in model_of(llm).modules() if isinstance(module, kinds)]
+    return [
+        (module, one.spec)
+        for module in model.modules()
+        if isinstance(module, kinds)
+        for one in module.rotations
+        if one in found
+    ]
 
 
 class Turn(nn.Module):
     """Cosines and sines of every pair, got out of a rotary module the way a model uses it."""
 
-    def __init__(self, rotary: nn.Module) -> None:
+    def __init__(self, rotary: nn.Module, spec: RotarySpec) -> None:
         super().__init__()
         self.rotary = rotary
-        self.pairs = rotary.spec.inv_freq.numel()
+        self.is_neox_style = spec.is_neox_style
+        self.pairs = spec.inv_freq.numel()
         unit = torch.zeros(self.pairs, 2)
         unit[:, 0] = 1  # turned by an angle, it becomes the angle's cosine and sine
-        if rotary.spec.is_neox_style:
+        if spec.is_neox_style:
             unit = unit.T
         head = torch.full([getattr(rotary, "head_size", 2 * self.pairs)], 7.0)
         head[: 2 * self.pairs] = unit.flatten()
@@ -246,7 +260,7 @@ class Turn(nn.Module):
         turned, rest = key.split([2 * self.pairs, key.shape[1] - 2 * self.pairs], dim=-1)
         # Nothing but zero if query and key are turned alike, and the rest is left as it was.
         difference = (query - key).abs().sum() + (rest - 7).abs().sum()
-        if self.rotary.spec.is_neox_style:
+        if self.is_neox_style:
             return (turned + difference).view(-1, 2, self.pairs).unbind(1)
         return (turned + difference).view(-1, self.pairs, 2).unbind(2)
 
@@ -267,11 +281,18 @@ def largest_phase_error(
     turned: list[tuple[torch.Tensor, torch.Tensor]],
     exact: tuple[torch.Tensor, ...],
     magnitude: float,
+    rounded_dtype: torch.dtype = torch.bfloat16,
 ) -> float:
     """Of the float32 result, in radians.
 
     In bfloat16 no phase can be told that well: every value is what the exact one rounds to, give or
     take the tolerance.
+
+    Args:
+        turned: of a model in float32, and of one in bfloat16.
+        exact: cosines and sines, float64.
+        magnitude: factor on both.
+        rounded_dtype: what a model in bfloat16 gets.
     """
     (cos, sin), rounded = turned
     assert cos.dtype == torch.float32
@@ -281,9 +302,9 @@ def largest_phase_error(
     )
     slack = PHASE_TOLERANCE * magnitude
     for values, wanted in zip(rounded, exact, strict=True):
-        assert values.dtype == torch.bfloat16
-        assert (values >= (wanted * magnitude - slack).bfloat16()).all()
-        assert (values <= (wanted * magnitude + slack).bfloat16()).all()
+        assert values.dtype == rounded_dtype
+        assert (values >= (wanted * magnitude - slack).to(rounded_dtype)).all()
+        assert (values <= (wanted * magnitude + slack).to(rounded_dtype)).all()
     return float(
         torch.atan2(sin * exact[0] - cos * exact[1], cos * exact[0] + sin * exact[1]).abs().max()
     )
@@ -294,15 +315,16 @@ def test_exact_at_any_position(start: Start, name: str, caplog: pytest.LogCaptur
     """Called as by an engine without a compiler, and traced for one: whole, for any number of
     tokens at once, without a look at what the positions are."""
     kind = KINDS[name]
+    rounded_dtype = torch.float32 if kind.keeps_float32 else torch.bfloat16
     errors = []
     with start(kind) as llm:
         modules = rotary_modules(llm)
         assert len(modules) == len(kind.inv_freq)
-        for rotary, inv_freq in zip(modules, kind.inv_freq, strict=True):
-            torch.testing.assert_close(rotary.spec.inv_freq, inv_freq, rtol=1e-6, atol=0)
-            assert rotary.spec.magnitude == pytest.approx(kind.magnitude)
-            assert rotary.spec.is_neox_style == kind.is_neox_style
-            turn, exact = Turn(rotary), exact_rotation(rotary.spec.inv_freq)
+        for (rotary, spec), inv_freq in zip(modules, kind.inv_freq, strict=True):
+            torch.testing.assert_close(spec.inv_freq, inv_freq, rtol=1e-6, atol=0)
+            assert spec.magnitude == pytest.approx(kind.magnitude)
+            assert spec.is_neox_style == kind.is_neox_style
+            turn, exact = Turn(rotary, spec), exact_rotation(spec.inv_freq)
             counter = CompileCounter()
             torch.compiler.reset()
             traced = torch.compile(turn, backend=counter, fullgraph=True, dynamic=True)
@@ -310,7 +332,7 @@ def test_exact_at_any_position(start: Start, name: str, caplog: pytest.LogCaptur
             num_graphs = counter.frame_count
             for called in (turn, traced):
                 turned = called(torch.tensor(POSITIONS))
-                errors.append(largest_phase_error(turned, exact, rotary.spec.magnitude))
+                errors.append(largest_phase_error(turned, exact, spec.magnitude, rounded_dtype))
             assert counter.frame_count == num_graphs
     assert max(errors) < PHASE_TOLERANCE
     print(f"\n{name}: largest phase error {max(errors):.1e} rad")
@@ -326,11 +348,13 @@ def test_exact_at_any_position(start: Start, name: str, caplog: pytest.LogCaptur
 def test_exact_when_compiled(start: Start) -> None:
     """By the compiler that vLLM uses, which fuses the turn with what is around it."""
     with start(KINDS["yarn"]) as llm:
-        (rotary,) = rotary_modules(llm)
+        ((rotary, spec),) = rotary_modules(llm)
         torch.compiler.reset()
-        turned = torch.compile(Turn(rotary), fullgraph=True, dynamic=True)(torch.tensor(POSITIONS))
-        exact = exact_rotation(rotary.spec.inv_freq)
-        assert largest_phase_error(turned, exact, rotary.spec.magnitude) < PHASE_TOLERANCE
+        turned = torch.compile(Turn(rotary, spec), fullgraph=True, dynamic=True)(
+            torch.tensor(POSITIONS)
+        )
+        exact = exact_rotation(spec.inv_freq)
+        assert largest_phase_error(turned, exact, spec.magnitude) < PHASE_TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["longrope long", "phi"])
@@ -340,6 +364,6 @@ def test_tables_do_not_grow_with_the_length(start: Start, name: str) -> None:
         with start(KINDS[name], max_model_len=max_model_len) as llm:
             tensors = [*model_of(llm).parameters(), *model_of(llm).buffers()]
             sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
-            (rotary,) = rotary_modules(llm)
+            ((rotary, _),) = rotary_modules(llm)
             assert sum(table.untyped_storage().nbytes() for table in rotary.buffers()) <= 4 << 20
     assert sizes[0] == sizes[1]

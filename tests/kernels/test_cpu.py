@@ -353,6 +353,14 @@ class TestRotation:
             for turned, expected in zip((query, key), exact, strict=True):
                 assert_close(turned.view(5, -1, 32), expected, 4 * torch.finfo(dtype).eps)
 
+    def test_one_head_of_each_token(self) -> None:
+        """It has no next one: whatever the stride to it is said to be."""
+        cos, sin = RotationTables(make_rotary(32).inv_freq)(torch.arange(5))
+        key = torch.randn(5, 96)[:, 40:72].unsqueeze(1).as_strided((5, 1, 32), (96, 96, 1), 40)
+        exact = rotate(key.double(), cos, sin, True)
+        CpuRotation(torch.cat((cos, sin), dim=-1), 32, True).turn(key)
+        assert_close(key, exact, 4 * torch.finfo(key.dtype).eps)
+
     def test_no_tokens(self) -> None:
         CpuRotation(torch.empty(0, 32), 32, True).turn(torch.empty(0, 64), torch.empty(0, 32))
 

@@ -95,8 +95,16 @@ class ExactRotaryEmbedding(nn.Module):
             turned = self._turn_by_operator(query, cos_sin)
             return turned, None if key is None else self._turn_by_operator(key, cos_sin)
         rotation = self._of_step(positions, self._compute_rotation)
+        query = self._with_heads_together(query)
+        key = None if key is None else self._with_heads_together(key)
         rotation.turn(query, key)
         return query, key
+
+    def _with_heads_together(self, x: torch.Tensor) -> torch.Tensor:
+        """A copy, where the dimensions to turn are parts of longer heads, as DeepSeek's."""
+        if x.dim() == 3 and x.stride(1) != self.head_size:
+            return x.contiguous()
+        return x
 
     @property
     def cos_sin_cache(self) -> torch.Tensor:

@@ -328,6 +328,8 @@ class CpuRotation:
         stride, *inner = x.stride()
         if x.dtype != dtype or len(x) != self._struct.num_tokens:
             raise ValueError(f"{len(x)} rows in {x.dtype}: they don't fit the rotation's tokens")
+        if len(inner) == 2 and x.shape[1] == 1:
+            inner = inner[1:]  # a single head has no next one
         if inner != [1] and inner != [head_size, 1]:
             raise ValueError(f"strides {x.stride()}: the heads of a token must lie together")
         return stride, x[0].numel() // head_size if len(x) else 0
