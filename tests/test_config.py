@@ -2,17 +2,17 @@
 
 import pytest
 
-from vllm_lminf.config import (
+from vllm_lminf.errors import SettingsError
+from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin.config import (
     BACKEND_NAME,
     BACKEND_VARIABLE,
     DEFAULT_N_GLOBAL,
     Settings,
-    SettingsError,
     given_settings,
     is_backend_name,
     question_of_variables,
 )
-from vllm_lminf.pattern import LambdaPattern
 
 
 def read(section: object = None, **environ: str) -> Settings:

@@ -3,8 +3,9 @@
 import pytest
 
 from tests.kv_cache.simulation import Simulation, make_spec
-from vllm_lminf import metrics, plugin
-from vllm_lminf.metrics import BLOCKS_FREED, BLOCKS_PINNED, TOKENS_OUTSIDE, Meter
+from vllm_lminf import plugin
+from vllm_lminf.plugin import metrics
+from vllm_lminf.plugin.metrics import BLOCKS_FREED, BLOCKS_PINNED, TOKENS_OUTSIDE, Meter
 
 PROMPT = list(range(40))
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import vllm_lminf
 from tests.kernels.batches import make_rotary, turn
 from vllm_lminf import LMInfinite, nn
-from vllm_lminf.kernels import reference
+from vllm_lminf.kernels.oracle import lambda_attention
 
 EXACT = 1e-11
 """Both sides compute in float64, angles stay below 2e3 rad, and sums have some thousand terms."""
@@ -100,7 +100,7 @@ def oracle(module: LMInfinite, *qkv: torch.Tensor) -> torch.Tensor:
         module.d_model // module.num_heads, module.is_neox_style, theta=module.rope_theta
     )
     outputs = [
-        reference.lambda_attention(
+        lambda_attention(
             *(x.unflatten(-1, (module.num_heads, -1)) for x in sequence),
             module.pattern,
             scale=module.scale,

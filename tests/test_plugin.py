@@ -31,9 +31,10 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_lminf import compat, hosts, plugin
-from vllm_lminf.config import BACKEND_NAME
-from vllm_lminf.metrics import BLOCKS_PINNED
+from vllm_lminf import plugin
+from vllm_lminf.plugin import hosts, patches
+from vllm_lminf.plugin.config import BACKEND_NAME
+from vllm_lminf.plugin.metrics import BLOCKS_PINNED
 
 WRAPPED = [
     (EngineArgs, "create_engine_config"),
@@ -52,9 +53,9 @@ def clean() -> Iterator[None]:
     again for the tests that follow.
     """
     vllm.plugins.load_general_plugins()
-    compat.uninstall()
+    patches.uninstall()
     yield
-    compat.uninstall()
+    patches.uninstall()
     hosts.uninstall()
     plugin.register()
 
@@ -78,7 +79,7 @@ class TestRegister:
         originals = functions()
         plugin.register()
         assert all(now is not before for now, before in zip(functions(), originals, strict=True))
-        compat.uninstall()
+        patches.uninstall()
         assert all(now is before for now, before in zip(functions(), originals, strict=True))
 
     def test_twice_is_once(self) -> None:
@@ -89,14 +90,14 @@ class TestRegister:
         plugin.register()
         assert all(now is before for now, before in zip(functions(), wrapped, strict=True))
         assert list(AttentionBackendEnum) == members
-        compat.uninstall()
+        patches.uninstall()
         assert all(now is before for now, before in zip(functions(), originals, strict=True))
 
     def test_uninstall_twice_is_harmless(self) -> None:
         plugin.register()
-        compat.uninstall()
+        patches.uninstall()
         originals = functions()
-        compat.uninstall()
+        patches.uninstall()
         assert all(now is before for now, before in zip(functions(), originals, strict=True))
 
     def test_no_runner_is_loaded_before_a_worker_needs_it(self) -> None:
@@ -118,9 +119,9 @@ class TestRegister:
         CpuPlatform.get_attn_backend_cls(AttentionBackendEnum.CPU_ATTN, config)
         assert GPUModelRunner.sample_tokens is original
         for _ in range(2):
-            CpuPlatform.get_attn_backend_cls(compat.backend_member(), config)
+            CpuPlatform.get_attn_backend_cls(patches.backend_member(), config)
             assert GPUModelRunner.sample_tokens.__wrapped__ is original
-        compat.uninstall()
+        patches.uninstall()
         assert GPUModelRunner.sample_tokens is original
 
     def test_wrappers_look_like_what_they_wrap(self) -> None:
@@ -129,11 +130,11 @@ class TestRegister:
         assert [inspect.signature(getattr(owner, name)) for owner, name in WRAPPED] == before
 
     def test_backend_is_known_by_name(self) -> None:
-        from vllm_lminf.attention.backend import LambdaAttentionBackend
+        from vllm_lminf.plugin.backend import LambdaAttentionBackend
 
         plugin.register()
         member = AttentionBackendEnum[BACKEND_NAME]
-        assert member is compat.backend_member()
+        assert member is patches.backend_member()
         assert member.get_class() is LambdaAttentionBackend
         assert LambdaAttentionBackend.get_name() == BACKEND_NAME
 
@@ -188,7 +189,7 @@ class TestVersions:
         with pytest.raises(ValueError, match="Unknown attention backend: 'NONE'"):
             AttentionBackendEnum["NONE"]
         hosts.uninstall()
-        assert AttentionBackendEnum[BACKEND_NAME] is compat.backend_member()
+        assert AttentionBackendEnum[BACKEND_NAME] is patches.backend_member()
 
     def test_unknown_vllm_in_which_names_are_gone(self) -> None:
         """The plugin imports none of them before it knows the version; the reason is a warning."""
@@ -227,23 +228,29 @@ class TestImports:
         """Nor does the module that holds the entry point: vLLM imports it while it loads itself."""
         import vllm_lminf.kernels
 
-        kernels = [f"vllm_lminf.kernels.{m.name}" for m in pkgutil.iter_modules(kernels_path())]
-        assert "vllm_lminf.kernels.paged" in kernels
+        kernels = [m.name for m in pkgutil.walk_packages(kernels_path(), "vllm_lminf.kernels.")]
+        assert "vllm_lminf.kernels.reference" in kernels
         names = ["vllm_lminf", vllm_lminf.kernels.__name__, *kernels]
-        names += [f"vllm_lminf.{name}" for name in ("pattern", "rope", "config", "plugin")]
+        rest = "errors", "nn", "pattern", "plugin", "plugin.config", "rope"
+        names += [f"vllm_lminf.{name}" for name in rest]
         assert run_python(imported(names, "vllm")) == "[]\n"
 
     def test_pattern_and_settings_do_not_import_torch(self) -> None:
-        names = ["vllm_lminf", "vllm_lminf.pattern", "vllm_lminf.config", "vllm_lminf.plugin"]
+        names = [
+            "vllm_lminf",
+            "vllm_lminf.pattern",
+            "vllm_lminf.plugin.config",
+            "vllm_lminf.plugin",
+        ]
         assert run_python(imported(names, "torch")) == "[]\n"
 
     def test_no_kernel_imports_the_oracle(self) -> None:
-        names = ["vllm_lminf.kernels.paged"]
-        assert run_python(imported(names, "vllm_lminf.kernels.reference")) == "[]\n"
+        names = ["vllm_lminf.kernels.reference"]
+        assert run_python(imported(names, "vllm_lminf.kernels.oracle")) == "[]\n"
 
     def test_the_oracle_imports_no_kernel(self) -> None:
-        names = ["vllm_lminf.kernels.reference"]
-        assert run_python(imported(names, "vllm_lminf.kernels.paged")) == "[]\n"
+        names = ["vllm_lminf.kernels.oracle"]
+        assert run_python(imported(names, "vllm_lminf.kernels.reference")) == "[]\n"
 
 
 def kernels_path() -> list[str]:
@@ -326,30 +333,30 @@ FUNCTIONS = {
 
 # Classes of vLLM that are derived from. Whatever they call in ours must still look as ours does.
 BASES = {
-    "vllm_lminf.attention.backend:LambdaAttentionBackend": (
+    "vllm_lminf.plugin.backend:LambdaAttentionBackend": (
         "vllm.v1.attention.backend:AttentionBackend",
         "get_name get_impl_cls get_builder_cls get_supported_kernel_block_sizes "
         "supported_kv_cache_layouts supports_kv_cache_dtype supports_combination "
         "supports_kv_connector customize_spec",
     ),
-    "vllm_lminf.attention.impl:LambdaAttentionImpl": (
+    "vllm_lminf.plugin.impl:LambdaAttentionImpl": (
         "vllm.v1.attention.backend:AttentionImpl",
         "process_weights_after_loading forward",
     ),
-    "vllm_lminf.attention.metadata:LambdaMetadataBuilder": (
+    "vllm_lminf.plugin.metadata:LambdaMetadataBuilder": (
         "vllm.v1.attention.backend:AttentionMetadataBuilder",
         "__init__ build build_for_drafting get_cudagraph_support",
     ),
-    "vllm_lminf.kv_cache.manager:LambdaManager": (
+    "vllm_lminf.plugin.kv_cache:LambdaManager": (
         "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
         "get_num_skipped_tokens remove_skipped_blocks get_num_blocks_to_allocate "
         "add_local_computed_blocks pop_blocks_for_free find_longest_cache_hit",
     ),
-    "vllm_lminf.kv_cache.spec:LambdaSpec": (
+    "vllm_lminf.plugin.kv_cache:LambdaSpec": (
         "vllm.v1.kv_cache_interface:SlidingWindowSpec",
         "max_admission_blocks_per_request is_uniform_with_collection",
     ),
-    "vllm_lminf.metrics:LambdaStatLogger": (
+    "vllm_lminf.plugin.metrics:LambdaStatLogger": (
         "vllm.v1.metrics.loggers:AggregateStatLoggerBase",
         "__init__ record log_engine_initialized",
     ),
@@ -460,7 +467,7 @@ class TestHooks:
         from vllm.v1.attention.backends.registry import register_backend
 
         assert "backend" in inspect.signature(register_backend).parameters
-        member = compat.backend_member()
+        member = patches.backend_member()
         assert AttentionBackendEnum[BACKEND_NAME] is member
         with pytest.raises(ValueError, match="already exists"):
             register_backend(BACKEND_NAME, "some.other.Class")
@@ -468,7 +475,7 @@ class TestHooks:
     def test_cpu_platform_ignores_the_selected_backend(self) -> None:
         """Why its method is wrapped. Should this fail, the wrapper is no longer needed."""
         config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 16)
-        path = CpuPlatform.get_attn_backend_cls(compat.backend_member(), config)
+        path = CpuPlatform.get_attn_backend_cls(patches.backend_member(), config)
         assert path == AttentionBackendEnum.CPU_ATTN.get_path()
 
     def test_statistics_carry_names_and_counts_between_processes(self) -> None:
@@ -476,9 +483,9 @@ class TestHooks:
         stats = SchedulerStats(num_kv_fetch_reqs_by_stage={"in_progress": 2, BLOCKS_PINNED: 3})
         sent = MsgpackEncoder().encode(EngineCoreOutputs(scheduler_stats=stats))
         received = MsgpackDecoder(EngineCoreOutputs).decode(sent).scheduler_stats
-        assert compat.unload_stats(received) == {BLOCKS_PINNED: 3}
+        assert patches.unload_stats(received) == {BLOCKS_PINNED: 3}
         assert received.num_kv_fetch_reqs_by_stage == {"in_progress": 2}
-        assert compat.unload_stats(received) == {}
+        assert patches.unload_stats(received) == {}
 
     def test_a_stat_logger_of_the_entry_point_group_overrides_disable_log_stats(self) -> None:
         """Why that group isn't used. Should this fail, it may serve."""
@@ -491,7 +498,7 @@ class TestHooks:
     def test_selector_config_is_what_a_backend_validates(self) -> None:
         """The wrapper hands its fields to `validate_configuration` by name."""
         config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 16)
-        backend = compat.backend_member().get_class()
+        backend = patches.backend_member().get_class()
         assert backend.validate_configuration(device_capability=None, **config._asdict()) == []
 
     def test_both_model_runners_ask_the_backend_for_its_spec(self) -> None:

@@ -12,10 +12,10 @@ from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine import drafters
-from vllm_lminf import speculation
+from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import register
-from vllm_lminf.startup import UnsupportedError, check, pattern_being_built, pattern_of
+from vllm_lminf.plugin import register, speculation
+from vllm_lminf.plugin.checks import check, pattern_being_built, pattern_of
 
 MILLION = 1_000_000
 

@@ -25,17 +25,16 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from vllm_lminf import compat, startup
-from vllm_lminf.config import (
+from vllm_lminf.errors import SettingsError, UnsupportedError
+from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin import checks, patches, register
+from vllm_lminf.plugin.checks import _select, check, pattern_of
+from vllm_lminf.plugin.config import (
     BACKEND_VARIABLE,
     VARIABLE_PREFIX,
-    SettingsError,
     is_backend_name,
     is_near_miss,
 )
-from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import register
-from vllm_lminf.startup import UnsupportedError, _select, check, pattern_of
 
 MILLION = 1_000_000
 
@@ -108,7 +107,7 @@ class TestSelection:
         assert backend_of(build(**arguments)) == "LMINF"
 
     def test_argument_as_a_member(self, build: Build) -> None:
-        assert backend_of(build(attention_backend=compat.backend_member())) == "LMINF"
+        assert backend_of(build(attention_backend=patches.backend_member())) == "LMINF"
 
     @pytest.mark.parametrize(
         "argv",
@@ -200,7 +199,7 @@ class TestNotSelected:
     )
     def test_same_configuration(self, arguments: dict[str, Any], build: Build) -> None:
         with_plugin = build(**arguments)
-        compat.uninstall()
+        patches.uninstall()
         without = build(**arguments)
         assert with_plugin.compute_hash() == without.compute_hash()
         assert backend_of(with_plugin) == backend_of(without) != "LMINF"
@@ -218,7 +217,7 @@ class TestNotSelected:
                 build(max_model_len=MILLION)
             # The rest of the message holds addresses of objects.
             messages.append(str(refusal.value).partition("[type=")[0])
-            compat.uninstall()
+            patches.uninstall()
         assert messages[0] == messages[1]
         assert "8192" in messages[0]
 
@@ -227,7 +226,7 @@ class TestNotSelected:
     ) -> None:
         """But their owner is told."""
         told: list[str] = []
-        monkeypatch.setattr(startup.logger, "warning_once", lambda text, *a: told.append(text % a))
+        monkeypatch.setattr(checks.logger, "warning_once", lambda text, *a: told.append(text % a))
         assert backend_of(build()) is None
         assert told == []
         monkeypatch.setenv("VLLM_LMINF_N_LOCAL", "many")
@@ -241,7 +240,7 @@ class TestNotSelected:
         member = None if selected is None else AttentionBackendEnum[selected]
         config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 16)
         with_plugin = CpuPlatform.get_attn_backend_cls(member, config, 9)
-        compat.uninstall()
+        patches.uninstall()
         assert with_plugin == CpuPlatform.get_attn_backend_cls(member, config, 9)
         assert with_plugin == AttentionBackendEnum.CPU_ATTN.get_path()
 
@@ -294,7 +293,7 @@ class TestSelected:
 
     def test_trained_length_is_that_of_the_checkpoint(self, build: Build) -> None:
         config = build.selected(hf_overrides={"max_position_embeddings": 4096})
-        assert compat.trained_length(config.model_config) == 4096
+        assert patches.trained_length(config.model_config) == 4096
         assert pattern_of(config) == LambdaPattern(10, 4096, 4096)
 
     def test_pattern_from_settings(self, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,13 +310,13 @@ class TestSelected:
 
     def test_cpu_platform_chooses_it(self) -> None:
         config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 16)
-        path = CpuPlatform.get_attn_backend_cls(compat.backend_member(), config, 9)
-        assert path == "vllm_lminf.attention.backend.LambdaAttentionBackend"
+        path = CpuPlatform.get_attn_backend_cls(patches.backend_member(), config, 9)
+        assert path == "vllm_lminf.plugin.backend.LambdaAttentionBackend"
 
     def test_cpu_platform_refuses_what_the_backend_does_not_do(self) -> None:
         config = AttentionSelectorConfig(64, torch.bfloat16, "fp8", 16, use_mla=True, has_sink=True)
         with pytest.raises(ValueError, match="LMINF") as refusal:
-            CpuPlatform.get_attn_backend_cls(compat.backend_member(), config, 9)
+            CpuPlatform.get_attn_backend_cls(patches.backend_member(), config, 9)
         for reason in ("kv_cache_dtype", "MLA", "sink"):
             assert reason in str(refusal.value)
 
@@ -557,7 +556,7 @@ for path in sys.argv[1:]:
             text=True,
         )
         assert result.returncode == 0, result.stderr
-        expected = f"vllm_lminf.attention.backend.LambdaAttentionBackend {MILLION}"
+        expected = f"vllm_lminf.plugin.backend.LambdaAttentionBackend {MILLION}"
         assert result.stdout.splitlines()[-3:] == [expected] * 3
 
     def test_backends_of_vllm_are_pickled_as_ever(self) -> None:

@@ -12,11 +12,11 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.families import make_config
-from vllm_lminf import trained
+from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import register
-from vllm_lminf.startup import UnsupportedError, pattern_of
-from vllm_lminf.trained import Trained
+from vllm_lminf.plugin import register, trained_length
+from vllm_lminf.plugin.checks import pattern_of
+from vllm_lminf.plugin.trained_length import Trained, distances_beyond
 
 LENGTH, WINDOW = 64, 24
 _SHAPE = {
@@ -74,7 +74,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         config = EngineArgs(
             str(path), attention_backend="LMINF", skip_tokenizer_init=True, **arguments
         ).create_engine_config()
-        return trained.of(config.model_config), pattern_of(config)
+        return trained_length.of(config.model_config), pattern_of(config)
 
     return of_engine
 
@@ -205,12 +205,12 @@ class TestDistancesBeyond:
         ],
     )
     def test_is_told(self, pattern: tuple[int, int, int], says: str | None) -> None:
-        sentences = list(trained.distances_beyond(Trained(64, 64), LambdaPattern(*pattern)))
+        sentences = list(distances_beyond(Trained(64, 64), LambdaPattern(*pattern)))
         assert len(sentences) == (says is not None)
         assert all(sentence.startswith(str(says)) for sentence in sentences)
 
     def test_long_factors_of_longrope_were_trained(self) -> None:
-        assert not list(trained.distances_beyond(Trained(64, 256), LambdaPattern(10, 256, 256)))
+        assert not list(distances_beyond(Trained(64, 256), LambdaPattern(10, 256, 256)))
 
     def test_nothing_is_known(self) -> None:
-        assert not list(trained.distances_beyond(Trained(None, None), LambdaPattern(1, 9, 9)))
+        assert not list(distances_beyond(Trained(None, None), LambdaPattern(1, 9, 9)))

@@ -7,9 +7,9 @@ import torch
 import transformers
 from torch import nn
 
-from vllm_lminf.attention.hugging_face import is_rotary, make_exact
+from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.pattern import MAX_POSITION
-from vllm_lminf.startup import UnsupportedError
+from vllm_lminf.plugin.hugging_face import is_rotary, make_exact
 
 CPU = torch.device("cpu")
 LIMIT = 256

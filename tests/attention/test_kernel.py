@@ -10,24 +10,24 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from vllm_lminf.attention import kernel
-from vllm_lminf.attention.kernel import Layer, LayerKernel, compile_layer, paged_cache
-from vllm_lminf.kernels import cpu
-from vllm_lminf.kernels.interface import Heads, ScoreRules, Situation
-from vllm_lminf.kernels.native import build
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.kernels.base import Heads, ScoreRules, Situation
+from vllm_lminf.kernels.cpu import build
+from vllm_lminf.kernels.cpu.kernel import CpuLayer, load
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.startup import UnsupportedError
+from vllm_lminf.plugin import layer_kernel
+from vllm_lminf.plugin.layer_kernel import Layer, LayerKernel, compile_layer, paged_cache
 
 
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
-    monkeypatch.setattr(kernel.logger, "warning_once", lambda text, *a: said.append(text % a))
+    monkeypatch.setattr(layer_kernel.logger, "warning_once", lambda text, *a: said.append(text % a))
     return said
 
 
 def make_layer(
-    compiled: cpu.CpuLayer | None, head_size: int = 16, dtype: torch.dtype = torch.float32
+    compiled: CpuLayer | None, head_size: int = 16, dtype: torch.dtype = torch.float32
 ) -> Layer:
     """A layer on the CPU with two heads."""
     heads = Heads(2, 2, head_size, dtype)
@@ -44,7 +44,7 @@ class TestCompiled:
         device: str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         head_size: int = 64,
-    ) -> cpu.CpuLayer | None:
+    ) -> CpuLayer | None:
         heads = Heads(4, 2, head_size, dtype)
         return compile_layer(asked, torch.device(device), heads, ScoreRules(1.0))
 
@@ -73,14 +73,14 @@ class TestCompiled:
         self, compiler: str, named: str, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
     ) -> None:
         monkeypatch.setenv("CXX", compiler)
-        cpu.load.cache_clear()
+        load.cache_clear()
         build.outcome_of.cache_clear()
         try:
             assert self.compile() is None
             with pytest.raises(UnsupportedError, match=f"kernel 'cpu': .*{named}"):
                 self.compile("cpu")
         finally:
-            cpu.load.cache_clear()
+            load.cache_clear()
             build.outcome_of.cache_clear()
         assert len(warnings) == 1
         assert re.search(named, warnings[0])
@@ -93,7 +93,7 @@ class TestChoice:
     """Which kernel a layer runs, once its cache is known."""
 
     def test_compiled(self, warnings: list[str]) -> None:
-        layer = cpu.CpuLayer(2, 2, 16, torch.float32, ScoreRules(0.25))
+        layer = CpuLayer(2, 2, 16, torch.float32, ScoreRules(0.25))
         assert LayerKernel("auto", make_layer(layer)).name(16, torch.float32) == "cpu"
         assert LayerKernel("cpu", make_layer(layer)).name(32, torch.float32) == "cpu"
         assert warnings == []
@@ -119,7 +119,7 @@ class TestChoice:
     ) -> None:
         """Written and read by the plain kernel both, in its order; with the compiled kernel asked
         for by name, refused."""
-        layer = make_layer(cpu.CpuLayer(2, 2, 16, torch.float32, ScoreRules(0.25)))
+        layer = make_layer(CpuLayer(2, 2, 16, torch.float32, ScoreRules(0.25)))
         with pytest.raises(UnsupportedError, match=named):
             LayerKernel("cpu", layer).name(block_size, dtype)
         chosen = LayerKernel("auto", layer)
@@ -134,7 +134,7 @@ class TestChoice:
         assert named in warning
 
     def test_none_runs_in_graphs_on_a_cpu(self) -> None:
-        compiled = make_layer(cpu.CpuLayer(2, 2, 16, torch.float32, ScoreRules(0.25)))
+        compiled = make_layer(CpuLayer(2, 2, 16, torch.float32, ScoreRules(0.25)))
         for asked in ("auto", "reference"):
             support = LayerKernel(asked, compiled).in_graphs(16, torch.float32)
             assert support is AttentionCGSupport.NEVER

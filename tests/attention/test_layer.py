@@ -15,13 +15,13 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
-from vllm_lminf.attention.backend import LambdaAttentionBackend
-from vllm_lminf.attention.impl import LambdaAttentionImpl
-from vllm_lminf.attention.metadata import LambdaMetadata, LambdaMetadataBuilder
-from vllm_lminf.kernels.reference import lambda_attention
-from vllm_lminf.kv_cache.spec import LambdaSpec
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.kernels.oracle import lambda_attention
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.startup import UnsupportedError
+from vllm_lminf.plugin.backend import LambdaAttentionBackend
+from vllm_lminf.plugin.impl import LambdaAttentionImpl
+from vllm_lminf.plugin.kv_cache import LambdaSpec
+from vllm_lminf.plugin.metadata import LambdaMetadata, LambdaMetadataBuilder
 
 PATTERN = LambdaPattern(4, 512, 600)
 FULL = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from tests.attention.models import Model, by_rotary_module
-from vllm_lminf.attention.impl import LambdaAttentionImpl
-from vllm_lminf.attention.loaded import LoadedModels
-from vllm_lminf.startup import UnsupportedError
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.plugin.impl import LambdaAttentionImpl
+from vllm_lminf.plugin.loaded_model import LoadedModels
 
 
 class Holder(nn.Module):

@@ -10,9 +10,9 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.attention.models import HEAD_SIZE, Model, by_rotary_module, make_rope
-from vllm_lminf.attention.loaded import models
-from vllm_lminf.attention.rotary import ExactRotaryEmbedding
-from vllm_lminf.startup import UnsupportedError
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.plugin.loaded_model import models
+from vllm_lminf.plugin.rotary import ExactRotaryEmbedding
 
 
 def not_at_all(attention: Any, positions: Any, query: Any, key: Any) -> tuple[Any, Any]:

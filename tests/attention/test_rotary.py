@@ -9,8 +9,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
 
 from tests.kernels.batches import turn
-from vllm_lminf.attention.rotary import ExactRotaryEmbedding, is_rotary, make_exact, read_spec
-from vllm_lminf.startup import UnsupportedError
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.plugin.rotary import ExactRotaryEmbedding, is_rotary, make_exact, read_spec
 
 CPU = torch.device("cpu")
 LIMIT = 600

@@ -216,13 +216,13 @@ class TestBatch:
 
     def test_what_lies_between_does_not_matter(self, stage: Stage) -> None:
         """The check leaves it out; with all of it, the oracle says the same."""
-        from vllm_lminf.kernels import reference
+        from vllm_lminf.kernels import oracle
 
         layer, pattern = stage.layer, LambdaPattern(10, 64, 64)
         batch = Batch(DeviceCase("prefill", 1, 20, 300), layer, 64, 100)
         positions = torch.arange(300)
         key, value = layer.key_and_value(0, positions)
-        whole = reference.lambda_attention(
+        whole = oracle.lambda_attention(
             layer.raw(batch.query, positions[280:]),
             layer.raw(key, positions),
             value.double(),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_lminf.cli.child import LOG_TAIL_LINES, Event, excerpt, run_child
-from vllm_lminf.cli.errors import CliError
+from vllm_lminf.errors import CliError
 
 CHILD = """
 import os, subprocess, sys

@@ -10,9 +10,9 @@ import pytest
 
 from vllm_lminf.cli import eval as eval_command
 from vllm_lminf.cli.child import Event
-from vllm_lminf.cli.errors import CliError
 from vllm_lminf.cli.main import main
 from vllm_lminf.cli.scoring_job import ScoringResult
+from vllm_lminf.errors import CliError
 
 Jobs = list[tuple[str, dict[str, Any], dict[str, str]]]
 

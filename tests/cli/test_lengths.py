@@ -2,8 +2,8 @@
 
 import pytest
 
-from vllm_lminf.cli.errors import CliError
 from vllm_lminf.cli.lengths import choose_lengths, parse_lengths
+from vllm_lminf.errors import CliError
 
 
 def test_parsed_lengths_are_sorted_and_unique() -> None:

@@ -19,7 +19,7 @@ from transformers.models.falcon import modeling_falcon
 from transformers.models.gptj import modeling_gptj
 
 from tests.engine.families_table import REFUSED
-from vllm_lminf.kernels.reference import lambda_attention
+from vllm_lminf.kernels.oracle import lambda_attention
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotarySpec
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from vllm_lminf.kernels.reference import lambda_attention
+from vllm_lminf.kernels.oracle import lambda_attention
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotarySpec
 

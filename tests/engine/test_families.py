@@ -16,8 +16,8 @@ from tests.engine.conftest import Engine
 from tests.engine.families import FAMILIES, REFUSED_FAMILIES, TRAINED_LENGTH, OracleModel
 from tests.engine.families_table import MEASURED, REFUSED, SERVED, Row, read_readme, save
 from tests.engine.test_exactness import TOLERANCE, engine_logprobs, random_prompts
+from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.startup import UnsupportedError
 
 pytestmark = pytest.mark.engine
 

@@ -22,9 +22,9 @@ from vllm import LLM
 
 from tests.engine.conftest import Engine
 from tests.engine.families import make_config
-from vllm_lminf.attention.hugging_face import ExactPositionEmbeddings
-from vllm_lminf.attention.rotary import ExactRotaryEmbedding
 from vllm_lminf.pattern import MAX_POSITION
+from vllm_lminf.plugin.hugging_face import ExactPositionEmbeddings
+from vllm_lminf.plugin.rotary import ExactRotaryEmbedding
 from vllm_lminf.rope import RotarySpec
 
 pytestmark = pytest.mark.engine

@@ -24,8 +24,9 @@ from tests.engine.conftest import Engine, block_pool
 from tests.engine.families import make_config
 from tests.engine.oracle_model import oracle_distributions, oracle_logprobs, save_tiny_llama
 from tests.engine.test_exactness import TOLERANCE, engine_logprobs, random_prompts
+from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.startup import UnsupportedError, check
+from vllm_lminf.plugin.checks import check
 
 pytestmark = pytest.mark.engine
 

@@ -12,9 +12,8 @@ from vllm.v1.worker.gpu import attn_utils as second_runner
 from tests.engine.conftest import Engine, block_pool, kv_cache_manager
 from tests.engine.families import FAMILIES, NATIVE_WINDOW, TRAINED_LENGTH, Family, OracleModel
 from tests.engine.test_exactness import TOLERANCE, engine_logprobs, random_prompts
-from vllm_lminf.kv_cache.manager import LambdaManager
-from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin.kv_cache import LambdaManager, LambdaSpec
 
 pytestmark = pytest.mark.engine
 

@@ -11,9 +11,9 @@ from vllm.v1.metrics.loggers import LoggingStatLogger
 from tests.engine.conftest import Engine, block_pool, kv_cache_manager
 from tests.engine.oracle_model import save_tiny_llama
 from tests.engine.test_exactness import random_prompts
-from vllm_lminf import metrics
-from vllm_lminf.metrics import BLOCKS_FREED, BLOCKS_PINNED, TOKENS_OUTSIDE
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin import metrics
+from vllm_lminf.plugin.metrics import BLOCKS_FREED, BLOCKS_PINNED, TOKENS_OUTSIDE
 
 pytestmark = pytest.mark.engine
 

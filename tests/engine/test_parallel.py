@@ -15,8 +15,8 @@ from tests.engine.drafters import TRAINED_LENGTH, save_counting_model
 from tests.engine.test_exactness import random_prompts
 from tests.engine.test_speculative import assert_same
 from tests.engine.traffic import Answer, ask, assert_equal_to_oracle
-from vllm_lminf.attention.impl import LambdaAttentionImpl
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin.impl import LambdaAttentionImpl
 
 pytestmark = pytest.mark.engine
 

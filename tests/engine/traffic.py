@@ -14,8 +14,8 @@ from vllm.v1.request import Request
 
 from tests.engine.conftest import block_pool, kv_cache_manager
 from tests.engine.oracle_model import oracle_logprobs
-from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin.kv_cache import LambdaSpec
 
 # As in test_exactness: two float32 computations that differ in the order of their sums.
 TOLERANCE = 3e-5

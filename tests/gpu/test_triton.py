@@ -17,7 +17,7 @@ from tests.kernels.triton.cases import (
     rules_of,
 )
 from tests.kernels.triton.window import log_sum_exp, window_attention
-from vllm_lminf.kernels.interface import DeviceBatch, PagedCache, ScoreRules
+from vllm_lminf.kernels.base import DeviceBatch, PagedCache, ScoreRules
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,7 @@ from tests.kernels.batches import Case, make_batch
 from tests.kernels.cases import assert_close
 from tests.kernels.triton.cases import exact_and_tolerance
 from tests.kernels.xformers_batches import by_id, far_by_id, make_layer, near, run
-from vllm_lminf.kernels.interface import Heads, ScoreRules, Situation
+from vllm_lminf.kernels.base import Heads, ScoreRules, Situation
 from vllm_lminf.kernels.xformers import reasons_against
 
 pytestmark = [

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_lminf.kernels import cpu, paged, reference
-from vllm_lminf.kernels.interface import DeviceBatch, Heads, PagedCache, Rotation, ScoreRules
+from vllm_lminf.kernels import oracle, reference
+from vllm_lminf.kernels.base import DeviceBatch, Heads, PagedCache, Rotation, ScoreRules
+from vllm_lminf.kernels.cpu.kernel import CpuBatch, CpuLayer
 from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotarySpec, RotationTables
@@ -200,14 +201,16 @@ class Batch:
             halves[block, :, 1, where % self.block_size] = stretch.value.to(dtype)
         return cache
 
-    def far(self) -> paged.FarRotations | None:
+    def far(self) -> reference.FarRotations | None:
         """Far rotations from the package's tables."""
         if self.rotary is None:
             return None
         tables = RotationTables(self.rotary.inv_freq)
-        return paged.far_rotations(tables, self.rotary.is_neox_style, self.positions, self.pattern)
+        return reference.far_rotations(
+            tables, self.rotary.is_neox_style, self.positions, self.pattern
+        )
 
-    def exact_far(self) -> paged.FarRotations | None:
+    def exact_far(self) -> reference.FarRotations | None:
         """Far rotations from cosines and sines in float64: what remains is the kernel's doing."""
         if self.rotary is None:
             return None
@@ -215,11 +218,11 @@ class Batch:
         query = back.to(torch.float64)[:, None] * self.rotary.inv_freq
         key = torch.arange(self.pattern.n_global, dtype=torch.float64)[:, None]
         key = key * self.rotary.inv_freq
-        return paged.FarRotations(
+        return reference.FarRotations(
             query.cos(), -query.sin(), key.cos(), -key.sin(), self.rotary.is_neox_style
         )
 
-    def run_paged(self, dtype: torch.dtype, far: paged.FarRotations | None) -> torch.Tensor:
+    def run_paged(self, dtype: torch.dtype, far: reference.FarRotations | None) -> torch.Tensor:
         """The kernel's output [num_tokens, num_heads, head_size]."""
         query = self.query(dtype)
         output = torch.full_like(query, torch.nan)
@@ -227,10 +230,10 @@ class Batch:
         return output
 
     def attend(
-        self, query: torch.Tensor, far: paged.FarRotations | None, output: torch.Tensor
+        self, query: torch.Tensor, far: reference.FarRotations | None, output: torch.Tensor
     ) -> None:
         """Calls the kernel with rows of the caller's."""
-        paged.lambda_attention(
+        reference.lambda_attention(
             query,
             self.kv_cache(query.dtype),
             self.block_table,
@@ -243,12 +246,12 @@ class Batch:
         )
 
     def run_cpu(
-        self, dtype: torch.dtype, far: paged.FarRotations | None, rules: ScoreRules
+        self, dtype: torch.dtype, far: reference.FarRotations | None, rules: ScoreRules
     ) -> torch.Tensor:
         """The compiled kernel's output, on a cache that it has written itself."""
         query = self.query(dtype)
         num_kv_heads, head_size = self.stretches[0].key.shape[1:]
-        layer = cpu.CpuLayer(query.shape[1], num_kv_heads, head_size, dtype, rules)
+        layer = CpuLayer(query.shape[1], num_kv_heads, head_size, dtype, rules)
         cache = torch.full(
             (self.num_blocks, num_kv_heads, self.block_size, 2 * head_size), torch.nan, dtype=dtype
         )
@@ -258,7 +261,7 @@ class Batch:
             key = self._turn(stretch.key, stretch.key_positions).to(dtype)
             slots = block * self.block_size + where % self.block_size
             layer.write_cache(key, stretch.value.to(dtype), cache, slots)
-        batch = cpu.CpuBatch(
+        batch = CpuBatch(
             torch.tensor(self.query_start_loc, dtype=torch.int32),
             torch.tensor(self.seq_lens, dtype=torch.int32),
             self.block_table,
@@ -401,7 +404,7 @@ class Batch:
         value = key.clone()
         key[stretch.key_positions] = stretch.key.to(dtype)
         value[stretch.key_positions] = stretch.value.to(dtype)
-        return reference.lambda_attention(
+        return oracle.lambda_attention(
             stretch.query.to(dtype),
             key,
             value,

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lminf.kernels import cpu
-from vllm_lminf.kernels.native import build
+from vllm_lminf.kernels.cpu import build
+from vllm_lminf.kernels.cpu.kernel import load
 
 
 class Emulated:
@@ -142,5 +142,5 @@ def _joined(regions: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]
 
 if __name__ == "__main__":
     compiler, emulator, folder, *tests = sys.argv[1:]
-    cpu.load = functools.cache(lambda dtype: Emulated(dtype, compiler, emulator, Path(folder)))
+    load = functools.cache(lambda dtype: Emulated(dtype, compiler, emulator, Path(folder)))
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *tests]))

@@ -7,9 +7,9 @@ import torch
 
 from tests.kernels.batches import Batch, Case
 from tests.kernels.xformers_batches import fill
+from vllm_lminf.kernels.base import DeviceBatch, Heads, Rotation, ScoreRules
 from vllm_lminf.kernels.flash import Attend, FlashLayer
 from vllm_lminf.kernels.hybrid import HybridLayer
-from vllm_lminf.kernels.interface import DeviceBatch, Heads, Rotation, ScoreRules
 from vllm_lminf.kernels.triton.layer import Workspace
 from vllm_lminf.rope import RotationTables
 

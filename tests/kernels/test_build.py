@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from vllm_lminf.kernels.native import build, store
+from vllm_lminf.errors import BuildError
+from vllm_lminf.kernels.cpu import build, store
 
 LOAD = (
-    "from vllm_lminf.kernels.native.build import load_library\n"
-    'load_library("float32").lminf_attention'
+    'from vllm_lminf.kernels.cpu.build import load_library\nload_library("float32").lminf_attention'
 )
 
 
@@ -83,19 +83,19 @@ def test_threads_of_one_process_compile_once(
 
 def test_no_compiler(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -x")
-    with pytest.raises(build.BuildError, match=r"CXX=no-such-compiler -x.*install g\+\+"):
+    with pytest.raises(BuildError, match=r"CXX=no-such-compiler -x.*install g\+\+"):
         build.load_library("float32")
     build.outcome_of.cache_clear()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(build.BuildError, match=r"g\+\+, c\+\+, clang"):
+    with pytest.raises(BuildError, match=r"g\+\+, c\+\+, clang"):
         build.load_library("float32")
 
 
 def test_a_compiler_that_fails(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own words are part of the message, and nothing is left behind."""
     monkeypatch.setenv("CXX", "g++ -include no-such-header.h")
-    with pytest.raises(build.BuildError, match="no-such-header"):
+    with pytest.raises(BuildError, match="no-such-header"):
         build.load_library("float32")
     assert [path.suffix for path in empty_cache.iterdir()] == [".lock"]
 
@@ -107,7 +107,7 @@ def test_a_failure_is_told_to_all_and_not_repeated(
     log = tmp_path / "log"
     use_script(tmp_path, monkeypatch, f"echo tried >> {log}; exit 1")
     for _ in range(3):
-        with pytest.raises(build.BuildError, match="exit status 1"):
+        with pytest.raises(BuildError, match="exit status 1"):
             build.load_library("float32")
     assert log.read_text().count("tried") == 2, "once for its version, once to compile"
 
@@ -159,7 +159,7 @@ def test_what_is_no_compiler(
     monkeypatch.setattr(build, "_TIMEOUT_S", 0.5)
     monkeypatch.setattr(build, "_VERSION_TIMEOUT_S", 0.5)
     use_script(tmp_path, monkeypatch, script)
-    with pytest.raises(build.BuildError, match=named) as failure:
+    with pytest.raises(BuildError, match=named) as failure:
         build.load_library("float32")
     assert all(c.isprintable() or c in "\n\t" for c in str(failure.value))
     assert not list(empty_cache.glob("*.so"))
@@ -184,7 +184,7 @@ def test_what_cannot_be_run(
     (tmp_path / "empty").touch(0o755)
     (tmp_path / "locked").touch(0o644)
     monkeypatch.setenv("CXX", compiler.format(folder=tmp_path))
-    with pytest.raises(build.BuildError, match=named):
+    with pytest.raises(BuildError, match=named):
         build.load_library("float32")
 
 
@@ -380,7 +380,7 @@ def private_folder(uid: int | None = None) -> Path:
 AS_SOMEBODY = """
 import logging, os, sys, tempfile
 from pathlib import Path
-from vllm_lminf.kernels.native import build
+from vllm_lminf.kernels.cpu import build
 logging.basicConfig(format="%(message)s")
 build.FLAGS = ("-O0", *build.FLAGS[1:])
 os.setgroups([]); os.setgid(12345); os.setuid(12345)

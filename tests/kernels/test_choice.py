@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lminf.config import KERNELS
-from vllm_lminf.kernels.choice import choose, reasons_against
-from vllm_lminf.kernels.interface import Heads, Situation
+from vllm_lminf.kernels.base import Heads, Situation
+from vllm_lminf.kernels.registry import choose, reasons_against
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin.config import KERNELS
 
 CPU = Situation(
     device_type="cpu",

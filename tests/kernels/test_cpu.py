@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tests.kernels.batches import Batch, Case, make_batch, make_rotary
 from tests.kernels.cases import CASES, FAR_CASES, VERY_FAR_CASES, assert_close
-from vllm_lminf.kernels import reference
-from vllm_lminf.kernels.cpu import CpuBatch, CpuLayer, CpuRotation, serves
-from vllm_lminf.kernels.interface import ScoreRules
-from vllm_lminf.kernels.paged import far_rotations
+from vllm_lminf.kernels import oracle
+from vllm_lminf.kernels.base import ScoreRules
+from vllm_lminf.kernels.cpu.kernel import CpuBatch, CpuLayer, CpuRotation, serves
+from vllm_lminf.kernels.reference import far_rotations
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotationTables, rotate
 
@@ -75,7 +75,7 @@ class Stretch:
 
     def exact(self, pattern: LambdaPattern, dtype: torch.dtype, **rules: object) -> torch.Tensor:
         query, key, value = (x.to(dtype) for x in (self.query, self.key, self.value))
-        return reference.lambda_attention(query, key, value, pattern, **rules)  # type: ignore[arg-type]
+        return oracle.lambda_attention(query, key, value, pattern, **rules)  # type: ignore[arg-type]
 
     def run(
         self,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.kernels.batches import Case, make_batch
+from vllm_lminf.kernels.base import DeviceBatch, Heads, ScoreRules, Situation
 from vllm_lminf.kernels.flash import FlashLayer, WindowTable, reasons_against
-from vllm_lminf.kernels.interface import DeviceBatch, Heads, ScoreRules, Situation
 from vllm_lminf.kernels.triton.layer import Workspace
 from vllm_lminf.pattern import LambdaPattern, cdiv
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tests.kernels.batches import Batch, Case, make_batch, make_rotary
 from tests.kernels.cases import CASES, FAR_CASES, VERY_FAR_CASES, assert_close
-from vllm_lminf.kernels import reference
-from vllm_lminf.kernels.interface import ScoreRules
-from vllm_lminf.kernels.paged import (
+from vllm_lminf.kernels import oracle
+from vllm_lminf.kernels.base import ScoreRules
+from vllm_lminf.kernels.reference import (
     _eager_attention,
     far_rotations,
     lambda_attention,
@@ -413,7 +413,7 @@ def test_other_scores(
     slopes = 2.0 ** -torch.arange(1, heads + 1) if "alibi" in extra else None
     softcap = 2.0 if "softcap" in extra else None
     sinks = draw(heads) if "sinks" in extra else None
-    expected = reference.lambda_attention(
+    expected = oracle.lambda_attention(
         query, key, value, LambdaPattern(*pattern), scale=0.3,
         alibi_slopes=slopes, softcap=softcap, sinks=sinks,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels.batches import literal_attention, make_rotary, turn
-from vllm_lminf.kernels.reference import lambda_attention
+from vllm_lminf.kernels.oracle import lambda_attention
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotarySpec
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_lminf.kernels.native import build
+from vllm_lminf.kernels.cpu import build
 
 HERE = Path(__file__).parent
 # Unaligned rows, poisoned caches, splits, far rotations, rules; some of each.

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from xformers.ops import fmha
 from xformers.ops.fmha import attn_bias
 
-from vllm_lminf.kernels.interface import (
+from vllm_lminf.kernels.base import (
     DeviceBatch,
     Heads,
     PagedCache,
@@ -300,7 +300,7 @@ class TestRefusals:
         interface.write_text("flash_attn_gpu = None\n")
         code = (
             "import torch\n"
-            "from vllm_lminf.kernels.interface import Heads, ScoreRules\n"
+            "from vllm_lminf.kernels.base import Heads, ScoreRules\n"
             "from vllm_lminf.kernels.xformers import XformersLayer\n"
             "from vllm_lminf.pattern import LambdaPattern\n"
             "heads = Heads(8, 2, 64, torch.bfloat16)\n"
@@ -338,7 +338,7 @@ def test_asking_imports_nothing() -> None:
     not."""
     code = (
         "import sys, torch\n"
-        "from vllm_lminf.kernels.interface import Heads, Situation\n"
+        "from vllm_lminf.kernels.base import Heads, Situation\n"
         "from vllm_lminf.kernels.xformers import reasons_against\n"
         "from vllm_lminf.pattern import LambdaPattern\n"
         "heads = Heads(8, 2, 64, torch.bfloat16)\n"

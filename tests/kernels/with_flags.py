@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from vllm_lminf.kernels.native import build
+from vllm_lminf.kernels.cpu import build
 
 if __name__ == "__main__":
     build.FLAGS = (*build.FLAGS, *sys.argv[1].split())

@@ -8,7 +8,7 @@ import torch
 
 from tests.kernels.batches import Batch, Case
 from tests.kernels.cases import FAR_CASES, VERY_FAR_CASES
-from vllm_lminf.kernels.interface import (
+from vllm_lminf.kernels.base import (
     DeviceBatch,
     Heads,
     PagedCache,

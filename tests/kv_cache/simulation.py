@@ -16,9 +16,8 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_request_block_hasher, 
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from vllm_lminf.kv_cache.manager import LambdaManager
-from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import cdiv
+from vllm_lminf.plugin.kv_cache import LambdaManager, LambdaSpec
 
 
 def make_spec(

@@ -11,9 +11,9 @@ from vllm.v1.engine import core
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.engine.oracle_model import save_tiny_llama
-from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import register
+from vllm_lminf.plugin.kv_cache import LambdaSpec
 
 BLOCK_SIZE = 16
 N_LOCAL = 1024

@@ -16,11 +16,11 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import DeviceCapability, Platform
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-import vllm_lminf.kv_cache
 import vllm_lminf.pattern
-from vllm_lminf import compat
+import vllm_lminf.plugin.kv_cache
+from vllm_lminf.plugin import patches
 
-MODULES = [*Path(vllm_lminf.kv_cache.__file__).parent.glob("*.py"), vllm_lminf.pattern.__file__]
+MODULES = [vllm_lminf.plugin.kv_cache.__file__, vllm_lminf.pattern.__file__]
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -54,7 +54,7 @@ def test_knows_no_device(path: str | Path) -> None:
 
 def test_every_platform_gives_the_same_backend(platform: type[Platform]) -> None:
     """And so the same spec, by which vLLM finds the manager."""
-    member = compat.backend_member()
+    member = patches.backend_member()
     config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 16)
     assert platform.get_attn_backend_cls(member, config) == member.get_path()
 

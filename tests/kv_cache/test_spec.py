@@ -22,9 +22,8 @@ from tests.kv_cache.planning import (
     unify_hybrid_kv_cache_specs,
 )
 from tests.kv_cache.simulation import Simulation, make_spec
-from vllm_lminf.kv_cache.manager import LambdaManager
-from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin.kv_cache import LambdaManager, LambdaSpec
 
 PATTERN = LambdaPattern(n_global=10, n_local=48, distance_limit=64)
 

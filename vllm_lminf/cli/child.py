@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from vllm_lminf.cli.errors import CliError
+from vllm_lminf.errors import CliError
 
 Event = dict[str, Any]
 

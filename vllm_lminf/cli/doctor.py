@@ -17,7 +17,7 @@ from importlib.util import find_spec
 
 from vllm_lminf import __version__
 from vllm_lminf.cli import metadata_shim
-from vllm_lminf.cli.errors import CliError
+from vllm_lminf.errors import CliError
 
 HELP = "check that vLLM and the plugin load here, and say what to type where they don't"
 
@@ -30,7 +30,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _LOAD_VLLM = """
 import sys
 from vllm import LLM
-from vllm_lminf import hosts
+from vllm_lminf.plugin import hosts
 reasons = hosts.unsupported_environment()
 sys.exit("; ".join(reasons) if reasons else 0)
 """

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_lminf.cli.child import run_child
-from vllm_lminf.cli.errors import CliError
 from vllm_lminf.cli.lengths import choose_lengths, parse_lengths
 from vllm_lminf.cli.model_facts import FactsJob, ModelFacts
 from vllm_lminf.cli.report import (
@@ -28,7 +27,8 @@ from vllm_lminf.cli.report import (
     write_results,
 )
 from vllm_lminf.cli.scoring_job import ENGINE_NAMES, EngineName, ScoringJob, ScoringResult
-from vllm_lminf.config import BACKEND_NAME, BACKEND_VARIABLE, SECTION, Settings, SettingsError
+from vllm_lminf.errors import CliError, SettingsError
+from vllm_lminf.plugin.config import BACKEND_NAME, BACKEND_VARIABLE, SECTION, Settings
 
 if TYPE_CHECKING:
     from rich.console import Console

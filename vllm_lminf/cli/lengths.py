@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_lminf.cli.errors import CliError
+from vllm_lminf.errors import CliError
 
 SHARES_OF_TRAINED = (0.25, 0.5, 1.0, 1.5, 2.0)
 """Default lengths as shares of the trained length.

@@ -36,7 +36,7 @@ from vllm_lminf.cli.scoring_job import (
     nll_curve,
     seconds_to_reach,
 )
-from vllm_lminf.config import BACKEND_NAME, SECTION
+from vllm_lminf.plugin.config import BACKEND_NAME, SECTION
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput

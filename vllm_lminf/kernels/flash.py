@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_lminf.kernels.interface import (
+from vllm_lminf.kernels.base import (
     DeviceBatch,
     Heads,
     PagedCache,

@@ -21,8 +21,7 @@ from dataclasses import replace
 import torch
 
 from vllm_lminf.kernels import flash
-from vllm_lminf.kernels.flash import Attend, FlashLayer
-from vllm_lminf.kernels.interface import (
+from vllm_lminf.kernels.base import (
     DeviceBatch,
     Heads,
     PagedCache,
@@ -30,6 +29,7 @@ from vllm_lminf.kernels.interface import (
     ScoreRules,
     Situation,
 )
+from vllm_lminf.kernels.flash import Attend, FlashLayer
 from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace
 from vllm_lminf.kernels.triton.plan import decode_rows
 from vllm_lminf.pattern import LambdaPattern

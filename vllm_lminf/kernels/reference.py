@@ -1,82 +1,366 @@
-"""The oracle: LM-Infinite's attention as its definition reads, on contiguous tensors.
+"""Λ-attention over a paged KV cache, in plain PyTorch, for any device.
 
-It materialises every score, so it is for tests and for reading, in any dtype up to float64.
+A request's window is gathered into one contiguous stretch and attended tile by tile; the few
+global keys behind it form a second branch, whose queries are turned to the distance limit and
+whose keys are turned back to position 0. The two branches are joined through their log-sum-exps,
+so that together they are one softmax over every visible key.
+
+Cache slots outside the visible keys are never read into a score or a value: they may hold
+anything, NaN included.
 """
+
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.rope import RotarySpec, rotate
+from vllm_lminf.kernels.base import ScoreRules
+from vllm_lminf.pattern import LambdaPattern, cdiv
+from vllm_lminf.rope import RotationTables, rotate
+
+_MAX_TILE = 512
+_MIN_TILE = 128
+
+
+@dataclass
+class FarRotations:
+    """Rotations that move a far pair to the distance limit; the same for every layer of a model.
+
+    Attributes:
+        query_cos, query_sin: float32 [num_tokens, rotary_dim / 2]: turn a rotated query at
+            position ``i >= limit`` back by ``i - limit``, that is to the angle of ``limit``.
+            A nearer query, which has no pair beyond the limit, is left as it is.
+        key_cos, key_sin: float32 [num_global, rotary_dim / 2]: turn a rotated global key at ``j``
+            back by ``j``, that is to the angle of 0. There are as many as lie behind the window of
+            some query, which n_global may exceed by far.
+        is_neox_style: how rotated pairs are laid out.
+    """
+
+    query_cos: torch.Tensor
+    query_sin: torch.Tensor
+    key_cos: torch.Tensor
+    key_sin: torch.Tensor
+    is_neox_style: bool
+
+    def of_rows(self, start: int, end: int) -> "FarRotations":
+        """The same for the queries in rows [start, end)."""
+        return replace(
+            self, query_cos=self.query_cos[start:end], query_sin=self.query_sin[start:end]
+        )
+
+    def turn_queries(self, query: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Queries [num_rows, num_heads, head_size] at the angle of the limit."""
+        return rotate(query, self.query_cos[rows], self.query_sin[rows], self.is_neox_style)
+
+    def turn_keys(self, key: torch.Tensor) -> torch.Tensor:
+        """The leading global keys [num_kv_heads, num_keys, head_size] at the angle of 0."""
+        cos, sin = self.key_cos[: key.shape[1]], self.key_sin[: key.shape[1]]
+        return rotate(key.transpose(0, 1), cos, sin, self.is_neox_style).transpose(0, 1)
+
+
+def far_rotations(
+    tables: RotationTables, is_neox_style: bool, positions: torch.Tensor, pattern: LambdaPattern
+) -> FarRotations:
+    """The rotations for queries at ``positions`` (integers [num_tokens]) under this Λ."""
+    query_cos, query_sin = tables((positions - pattern.distance_limit).clamp(min=0))
+    last = int(positions.max()) if len(positions) else 0
+    key_cos, key_sin = tables.leading(min(pattern.n_global, pattern.window_start(last)))
+    return FarRotations(query_cos, -query_sin, key_cos, -key_sin, is_neox_style)
+
+
+def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value halves of a cache, as views.
+
+    Args:
+        kv_cache: shape [num_blocks, num_kv_heads, block_size, 2 * head_size], contiguous in its
+            last three dimensions. Each head of a block stores all keys, then all values.
+
+    Returns:
+        Two views of shape [num_blocks, num_kv_heads, block_size, head_size].
+    """
+    num_blocks, num_kv_heads, block_size, double = kv_cache.shape
+    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size, double // 2)
+    return halves[:, :, 0], halves[:, :, 1]
+
+
+def write_cache(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Stores keys and values in their slots.
+
+    Args:
+        key: shape [>= num_tokens, num_kv_heads, head_size]; rows past num_tokens are padding.
+        value: same shape.
+        kv_cache: see `split_cache`; written in place.
+        slot_mapping: integers [num_tokens]: ``block * block_size + offset`` of every token, or a
+            negative number for a token that has no slot. Off the CPU, where to look for one would
+            wait for the device, such a token is stored in slot 0, which nobody reads: block 0
+            stands for blocks that were freed.
+    """
+    num_tokens = slot_mapping.shape[0]
+    key, value = key[:num_tokens], value[:num_tokens]
+    if slot_mapping.device.type != "cpu":
+        slot_mapping = slot_mapping.clamp(min=0)
+    elif bool((slot_mapping < 0).any()):
+        has_slot = slot_mapping >= 0
+        key, value, slot_mapping = key[has_slot], value[has_slot], slot_mapping[has_slot]
+    key_cache, value_cache = split_cache(kv_cache)
+    block, offset = slot_mapping // kv_cache.shape[2], slot_mapping % kv_cache.shape[2]
+    key_cache[block, :, offset] = key.to(kv_cache.dtype)
+    value_cache[block, :, offset] = value.to(kv_cache.dtype)
 
 
 def lambda_attention(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: list[int],
+    seq_lens: list[int],
     pattern: LambdaPattern,
     *,
-    scale: float,
-    rotary: RotarySpec | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    query_start: int = 0,
-) -> torch.Tensor:
-    """Attention under the Λ mask with a limit on distances (arXiv 2308.16137, section 3).
-
-    A pair at distance ``d = i - j`` scores ``<R(min(d, limit)) q_i, k_j>``, where ``R(n)`` turns a
-    vector by ``n`` positions. Up to the limit that equals ``<R(i) q_i, R(j) k_j>``, which is how
-    it is computed here.
+    rules: ScoreRules,
+    far: FarRotations | None,
+    output: torch.Tensor,
+) -> None:
+    """Attention of a batch of requests, prefill and decode mixed freely.
 
     Args:
-        query: not rotated; shape [num_queries, num_heads, head_size].
-        key: not rotated; shape [num_keys, num_kv_heads, head_size]; row j is position j.
-        value: shape [num_keys, num_kv_heads, head_size].
+        query: rotated by its true position; shape [num_tokens, num_heads, head_size].
+        kv_cache: rotated keys and values, see `split_cache`.
+        block_table: integers [num_requests, max_blocks]. Entries of blocks that were freed are
+            never read.
+        query_start_loc: num_requests + 1 offsets into query; request r owns the rows from
+            ``query_start_loc[r]`` to ``query_start_loc[r + 1]``, its latest tokens.
+        seq_lens: tokens of every request in the cache, these queries' own included.
         pattern: the Λ.
-        scale: factor on every score.
-        rotary: the model's RoPE, or None where it has none.
-        alibi_slopes: ALiBi's slope for every head, shape [num_heads], or None.
-        softcap: every score ``s`` becomes ``softcap * tanh(s / softcap)`` (Gemma 2), or None.
-        sinks: for every head the score of one more key with a value of zero (gpt-oss), or None.
-        query_start: position of the first query.
+        rules: how products become scores.
+        far: rotations for the far pairs; None where the model rotates nothing.
+        output: written in place; shape [num_tokens, num_heads, head_size].
+    """
+    for request, seq_len in enumerate(seq_lens):
+        start, end = query_start_loc[request], query_start_loc[request + 1]
+        if start == end:
+            continue
+        window_start = pattern.window_start(seq_len - (end - start))
+        num_global = min(pattern.n_global, pattern.window_start(seq_len - 1))
+        tiles = _RequestTiles(
+            query[start:end],
+            *_gather(kv_cache, block_table[request], window_start, seq_len),
+            *_gather(kv_cache, block_table[request], 0, num_global),
+            seq_len,
+            pattern,
+            rules,
+            far if far is None else far.of_rows(start, end),
+        )
+        tiles.attend(output[start:end])
+
+
+@dataclass
+class _RequestTiles:
+    """One request's queries, and the keys that they see between them.
+
+    Attributes:
+        query: rotated; [num_queries, num_heads, head_size]; the request's latest tokens.
+        key, value: [num_kv_heads, num_keys, head_size]: from the first query's window to the end.
+        global_key, global_value: [num_kv_heads, num_global, head_size]: the global tokens that the
+            last query sees behind its window.
+        seq_len: the position after the last query.
+        pattern, rules: what is computed.
+        far: rotations of these queries, or None.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    global_key: torch.Tensor
+    global_value: torch.Tensor
+    seq_len: int
+    pattern: LambdaPattern
+    rules: ScoreRules
+    far: FarRotations | None
+
+    def attend(self, output: torch.Tensor) -> None:
+        """Writes the attention of all queries, tile by tile; output is of query's shape."""
+        pattern = self.pattern
+        num_queries, num_keys = self.query.shape[0], self.key.shape[1]
+        tile = min(max(pattern.n_local // 4, _MIN_TILE), _MAX_TILE)
+        for start in range(0, num_queries, tile):
+            rows = slice(start, min(start + tile, num_queries))
+            first = self.seq_len - num_queries + rows.start
+            end = self.seq_len - num_queries + rows.stop
+            keys = slice(
+                pattern.window_start(first) - (self.seq_len - num_keys),
+                end - (self.seq_len - num_keys),
+            )
+            local, lse = _attend_tile(
+                self.query[rows],
+                self.key[:, keys],
+                self.value[:, keys],
+                end,
+                pattern.n_local,
+                self.rules,
+            )
+            if self.global_key.shape[1] > 0 and pattern.window_start(end - 1) > 0:
+                local, lse = self._join_global_branch(local, lse, rows, first)
+            if self.rules.sinks is not None:
+                joint = torch.logaddexp(lse, self.rules.sinks.to(lse.dtype))
+                local = local * (lse - joint).exp()[..., None]
+            output[rows] = local.to(output.dtype)
+
+    def _join_global_branch(
+        self, local: torch.Tensor, local_lse: torch.Tensor, rows: slice, first_position: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Joins the global keys behind the window into a tile's window attention.
+
+        With ``w`` the window's share of the joint softmax, the result is ``w * local`` plus the
+        global values under their own weights; both follow from one log-sum-exp over the branches.
+
+        Args:
+            local: the window's output [num_rows, num_heads, head_size].
+            local_lse: its log-sum-exp [num_rows, num_heads].
+            rows: which of the queries these are.
+            first_position: position of the first of them.
+
+        Returns:
+            The joint output and log-sum-exp, in local_lse's dtype.
+        """
+        wide = local_lse.dtype
+        query, key = self.query[rows].to(wide), self.global_key.to(wide)
+        num_rows, num_heads, head_size = query.shape
+        num_kv_heads, num_global, _ = key.shape
+        grouped = (num_rows, num_kv_heads, num_heads // num_kv_heads, head_size)
+        position = torch.arange(first_position, first_position + num_rows, device=query.device)
+        difference = position[:, None] - torch.arange(num_global, device=query.device)
+
+        scores = torch.einsum("rhgd,hnd->rhgn", query.view(grouped), key)
+        if self.far is not None:
+            turned = self.far.turn_queries(query, rows).view(grouped)
+            stationary = self.far.turn_keys(key)
+            far_scores = torch.einsum("rhgd,hnd->rhgn", turned, stationary)
+            beyond = difference > self.pattern.distance_limit
+            scores = torch.where(beyond[:, None, None], far_scores, scores)
+        scores = scores * self.rules.scale
+        if self.rules.softcap is not None:
+            scores = self.rules.softcap * (scores / self.rules.softcap).tanh()
+        if self.rules.alibi_slopes is not None:
+            distance = difference.clamp(max=self.pattern.distance_limit)
+            slopes = self.rules.alibi_slopes.to(wide).view(num_kv_heads, -1, 1)
+            scores = scores - slopes * distance[:, None, None]
+        in_window = difference < self.pattern.n_local
+        scores = scores.masked_fill(in_window[:, None, None], -math.inf)
+
+        local_lse = local_lse.view(num_rows, num_kv_heads, -1)
+        joint_lse = torch.logaddexp(local_lse, scores.logsumexp(dim=-1))
+        weights = (scores - joint_lse[..., None]).exp()
+        joint = torch.einsum("rhgn,hnd->rhgd", weights, self.global_value.to(wide))
+        joint = joint + (local_lse - joint_lse).exp()[..., None] * local.view(grouped)
+        return joint.reshape(local.shape), joint_lse.reshape(num_rows, num_heads)
+
+
+def _gather(
+    kv_cache: torch.Tensor, block_row: torch.Tensor, start: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of positions [start, end): each [num_kv_heads, end - start, head_size].
+
+    Only the slots of these positions are part of the result; the rest of their blocks is dropped.
+    """
+    num_blocks, num_kv_heads, block_size, double = kv_cache.shape
+    first_block = start // block_size
+    blocks = block_row[first_block : cdiv(end, block_size)].long()
+    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size, double // 2)
+    gathered = halves.permute(1, 2, 0, 3, 4)[:, :, blocks].flatten(2, 3)
+    skip = first_block * block_size
+    return gathered[:, 0, start - skip : end - skip], gathered[:, 1, start - skip : end - skip]
+
+
+def _attend_tile(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tile_end: int,
+    n_local: int,
+    rules: ScoreRules,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Window attention of consecutive queries over consecutive keys that both end at tile_end.
+
+    Heads that share a key head are folded into the rows, so that no key is repeated.
+
+    Args:
+        query: shape [rows, num_heads, head_size].
+        key: shape [num_kv_heads, keys, head_size].
+        value: same shape.
+        tile_end: the position after the last query and the last key.
+        n_local: the window, in tokens.
+        rules: how products become scores; sinks are left to the caller.
 
     Returns:
-        Shape [num_queries, num_heads, head_size], in query's dtype.
+        The output [rows, num_heads, head_size] and the log-sum-exp of the scores, float32 or wider,
+        [rows, num_heads].
     """
-    group_size = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(group_size, dim=1)
-    value = value.repeat_interleave(group_size, dim=1)
-    i = torch.arange(query_start, query_start + query.shape[0])
-    j = torch.arange(key.shape[0])
-    difference = i[:, None] - j
-    visible = (difference >= 0) & ((j < pattern.n_global) | (difference < pattern.n_local))
-    distance = difference.clamp(max=pattern.distance_limit)
-
-    if rotary is None:
-        scores = torch.einsum("ihd,jhd->hij", query, key)
-    else:
-        limit = torch.tensor([pattern.distance_limit])
-        near = torch.einsum("ihd,jhd->hij", _turn(query, i, rotary), _turn(key, j, rotary))
-        far = torch.einsum(
-            "ihd,jhd->hij", _turn(query, limit, rotary), _turn(key, torch.tensor([0]), rotary)
+    rows, num_heads, head_size = query.shape
+    num_kv_heads, num_keys, _ = key.shape
+    group = num_heads // num_kv_heads
+    folded = query.view(rows, num_kv_heads, group, head_size).permute(1, 2, 0, 3)
+    folded = folded.reshape(1, num_kv_heads, group * rows, head_size)
+    bias = _window_bias(rows, num_keys, tile_end, n_local, rules.alibi_slopes, query)
+    if bias is not None:
+        # From [num_heads or 1, rows, keys] to [1, num_kv_heads or 1, group * rows, keys].
+        bias = bias.expand(group if bias.shape[0] == 1 else -1, -1, -1)
+        bias = bias.reshape(1, -1, group * rows, num_keys)
+    if query.device.type == "cpu" and rules.softcap is None:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            folded, key[None], value[None], 0.0, False, attn_mask=bias, scale=rules.scale
         )
-        scores = torch.where(difference <= pattern.distance_limit, near, far)
-    scores = scores * scale
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(scores.dtype)[:, None, None] * distance
-    scores = scores.masked_fill(~visible, -torch.inf)
-    if sinks is not None:
-        column = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
-        scores = torch.cat((scores, column), dim=-1)
-    weights = scores.softmax(dim=-1)[..., : key.shape[0]]
-    return torch.einsum("hij,jhd->ihd", weights, value)
+    else:
+        out, lse = _eager_attention(folded, key[None], value[None], bias, rules)
+    out = out.view(num_kv_heads, group, rows, head_size).permute(2, 0, 1, 3)
+    lse = lse.view(num_kv_heads, group, rows).permute(2, 0, 1)
+    return out.reshape(rows, num_heads, head_size), lse.reshape(rows, num_heads)
 
 
-def _turn(x: torch.Tensor, positions: torch.Tensor, rotary: RotarySpec) -> torch.Tensor:
-    """``x`` as a model with this RoPE rotates it at ``positions``; the angles are float64."""
-    angles = positions.to(torch.float64)[:, None] * rotary.inv_freq.to(torch.float64)
-    cos = (angles.cos() * rotary.magnitude).to(x.dtype)
-    sin = (angles.sin() * rotary.magnitude).to(x.dtype)
-    return rotate(x, cos, sin, rotary.is_neox_style)
+def _window_bias(
+    rows: int,
+    num_keys: int,
+    tile_end: int,
+    n_local: int,
+    alibi_slopes: torch.Tensor | None,
+    query: torch.Tensor,
+) -> torch.Tensor | None:
+    """What is added to a tile's scores: minus infinity outside the window, and ALiBi inside.
+
+    Returns:
+        Shape [1, rows, num_keys], or [num_heads, rows, num_keys] with ALiBi; None for nothing to
+        add. In query's dtype without ALiBi, whose biases need float32.
+    """
+    if rows == 1 and alibi_slopes is None:
+        return None
+    i = torch.arange(tile_end - rows, tile_end, device=query.device)
+    difference = i[:, None] - torch.arange(tile_end - num_keys, tile_end, device=query.device)
+    hidden = (difference < 0) | (difference >= n_local)
+    if alibi_slopes is None:
+        bias = torch.zeros_like(hidden, dtype=query.dtype)
+    else:
+        bias = -alibi_slopes[:, None, None] * difference
+        bias = bias.to(torch.promote_types(query.dtype, torch.float32))
+    return bias.masked_fill(hidden, -math.inf).view(-1, rows, num_keys)
+
+
+def _eager_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    rules: ScoreRules,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with its log-sum-exp where no fused operator serves.
+
+    Scores are formed in float32 or wider: before the scale is applied they can exceed float16.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.to(dtype) * rules.scale) @ key.to(dtype).transpose(-1, -2)
+    if rules.softcap is not None:
+        scores = rules.softcap * (scores / rules.softcap).tanh()
+    if bias is not None:
+        scores = scores + bias
+    lse = scores.logsumexp(dim=-1)
+    return (scores - lse[..., None]).exp().to(value.dtype) @ value, lse

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from packaging.version import Version
 
-from vllm_lminf.kernels.interface import (
+from vllm_lminf.kernels.base import (
     DeviceBatch,
     Heads,
     PagedCache,

@@ -12,7 +12,7 @@ from torch.nn import functional
 from xformers.ops import fmha
 from xformers.ops.fmha import attn_bias
 
-from vllm_lminf.kernels.interface import DeviceBatch, PagedCache, Rotation
+from vllm_lminf.kernels.base import DeviceBatch, PagedCache, Rotation
 from vllm_lminf.kernels.xformers import FEW_QUERIES
 from vllm_lminf.pattern import MAX_POSITION, LambdaPattern, cdiv
 

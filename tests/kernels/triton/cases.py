@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.batches import Batch, Case
 from tests.kernels.cases import CASES, FAR_CASES, VERY_FAR_CASES
-from vllm_lminf.kernels.interface import ScoreRules
+from vllm_lminf.kernels.base import ScoreRules
 from vllm_lminf.pattern import cdiv
 
 SERVED = [dataclasses.replace(case, block_size=16 * cdiv(case.block_size, 16)) for case in CASES]

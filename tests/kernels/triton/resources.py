@@ -24,7 +24,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vllm_lminf.kernels.interface import DeviceBatch, Heads, PagedCache, Rotation, ScoreRules
+from vllm_lminf.kernels.base import DeviceBatch, Heads, PagedCache, Rotation, ScoreRules
 from vllm_lminf.kernels.triton import layer as layer_module
 from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace
 from vllm_lminf.kernels.triton.plan import Hardware

@@ -16,9 +16,9 @@ from tests.kernels.triton.test_keys import (
     make_cache,
     recorded,
 )
+from vllm_lminf.kernels.base import Heads, Rotation, ScoreRules
 from vllm_lminf.kernels.flash import FlashLayer
 from vllm_lminf.kernels.hybrid import HybridLayer
-from vllm_lminf.kernels.interface import Heads, Rotation, ScoreRules
 from vllm_lminf.kernels.triton import layer as layer_module
 from vllm_lminf.kernels.triton.layer import Workspace
 from vllm_lminf.kernels.triton.rotary import turn_heads

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from vllm_lminf.kernels.interface import Heads, ScoreRules, Situation
+from vllm_lminf.kernels.base import Heads, ScoreRules, Situation
 from vllm_lminf.kernels.triton import layer as layer_module
 from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace, reasons_against
 from vllm_lminf.kernels.triton.plan import (

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from tests.kernels.batches import Batch
-from vllm_lminf.kernels.interface import ScoreRules
+from vllm_lminf.kernels.base import ScoreRules
 from vllm_lminf.pattern import LambdaPattern
 
 

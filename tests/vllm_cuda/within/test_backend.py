@@ -15,12 +15,11 @@ from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_lminf import compat, hosts
-from vllm_lminf.attention.backend import LambdaAttentionBackend
-from vllm_lminf.kernels.interface import Heads
+from vllm_lminf.kernels.base import Heads
 from vllm_lminf.kernels.triton.plan import Hardware, decode_plan, prefill_plan
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import register
+from vllm_lminf.plugin import hosts, patches, register
+from vllm_lminf.plugin.backend import LambdaAttentionBackend
 
 DEVICES = [(8, 0), (9, 0), (10, 0)]
 
@@ -115,13 +114,13 @@ class TestValidation:
 class TestSelection:
     @pytest.mark.parametrize("capability", DEVICES, indirect=True, ids=str)
     def test_nvidia(self, capability: DeviceCapability) -> None:
-        path = current_platform.get_attn_backend_cls(compat.backend_member(), layer())
+        path = current_platform.get_attn_backend_cls(patches.backend_member(), layer())
         assert path == f"{LambdaAttentionBackend.__module__}.{LambdaAttentionBackend.__name__}"
 
     def test_nvidia_refuses_with_the_reason(self) -> None:
         with pytest.raises(ValueError, match="KV connector"):
             current_platform.get_attn_backend_cls(
-                compat.backend_member(), layer(use_kv_connector=True)
+                patches.backend_member(), layer(use_kv_connector=True)
             )
 
     def test_the_automatic_choice_is_another(self) -> None:
@@ -135,9 +134,9 @@ class TestSelection:
 
         platform = rocm.RocmPlatform()
         monkeypatch.setattr(vllm.platforms, "_current_platform", platform)
-        monkeypatch.setattr("vllm_lminf.attention.backend.current_platform", platform)
+        monkeypatch.setattr("vllm_lminf.plugin.backend.current_platform", platform)
         assert hosts.unsupported_environment() == []
-        member = compat.backend_member()
+        member = patches.backend_member()
         assert platform.get_device_capability() == DeviceCapability(9, 4)
         assert platform.get_attn_backend_cls(member, layer()) == member.get_path()
         with pytest.raises(ValueError, match="float8_e4m3fnuz"):

@@ -7,9 +7,12 @@ import pytest
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from vllm_lminf import compat
-from vllm_lminf.attention import kernel
-from vllm_lminf.attention.kernel import (
+from vllm_lminf.kernels import xformers
+from vllm_lminf.kernels.base import DeviceBatch, Heads, PagedCache, ScoreRules, Situation
+from vllm_lminf.kernels.registry import Choice
+from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin import layer_kernel, patches
+from vllm_lminf.plugin.layer_kernel import (
     FlashKernel,
     HybridKernel,
     Kernel,
@@ -18,11 +21,7 @@ from vllm_lminf.attention.kernel import (
     TritonKernel,
     XformersKernel,
 )
-from vllm_lminf.attention.metadata import LambdaMetadata
-from vllm_lminf.kernels import xformers
-from vllm_lminf.kernels.choice import Choice
-from vllm_lminf.kernels.interface import DeviceBatch, Heads, PagedCache, ScoreRules, Situation
-from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin.metadata import LambdaMetadata
 
 HEADS = Heads(4, 2, 16, torch.float32)
 SITUATION = Situation(
@@ -56,7 +55,7 @@ def test_triton() -> None:
 @pytest.mark.parametrize("decode_len", [1, 3])
 def test_hybrid(decode_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step in which a request decodes doesn't come near FlashAttention, and may be captured."""
-    monkeypatch.setattr(compat, "flash_attention", lambda head_size: "not to be called")
+    monkeypatch.setattr(patches, "flash_attention", lambda head_size: "not to be called")
     kernel = HybridKernel(replace(LAYER, decode_len=decode_len))
     _, value, output = write_and_attend(kernel)
     torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
@@ -74,7 +73,7 @@ def test_flash(monkeypatch: pytest.MonkeyPatch) -> None:
         arguments["out"].copy_(value[2, 0].repeat_interleave(2, dim=0))
         return arguments["out"], torch.zeros(4, 1)
 
-    monkeypatch.setattr(compat, "flash_attention", lambda head_size: attend)
+    monkeypatch.setattr(patches, "flash_attention", lambda head_size: attend)
     _, value, output = write_and_attend(FlashKernel(LAYER))
     torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
     assert FlashKernel.in_graphs is AttentionCGSupport.NEVER
@@ -99,7 +98,7 @@ def test_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("asked", ["flash", "hybrid", "xformers"])
 def test_memory_of_a_step(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Taken for a moment in a run without attention, which is where vLLM looks."""
-    monkeypatch.setattr(kernel, "choose", lambda *_: Choice(asked, {}))
+    monkeypatch.setattr(layer_kernel, "choose", lambda *_: Choice(asked, {}))
     taken = []
     empty = torch.empty
 
@@ -107,9 +106,9 @@ def test_memory_of_a_step(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
         taken.append(size)
         return empty(*size, **options)
 
-    layer_kernel = LayerKernel(asked, LAYER)
+    kernel = LayerKernel(asked, LAYER)
     monkeypatch.setattr(torch, "empty", record)
-    layer_kernel.take_memory(1000, 8)
+    kernel.take_memory(1000, 8)
     ((size,),) = taken
     log_sum_exps, keys = 4 * 1000 * 4, 2 * 4 * (8 * 8 + 1000) * 2 * 16
     assert size >= (keys if asked == "xformers" else log_sum_exps)

@@ -44,12 +44,12 @@ from vllm.v1.worker.gpu.attn_utils import (
 from tests.engine.oracle_model import oracle_logprobs, save_tiny_llama
 from tests.engine.test_exactness import TOLERANCE
 from tests.kv_cache.planning import get_kv_cache_configs
-from vllm_lminf.attention.backend import LambdaAttentionBackend
-from vllm_lminf.attention.kernel import LayerKernel
-from vllm_lminf.attention.metadata import LambdaMetadata
-from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import register
+from vllm_lminf.plugin.backend import LambdaAttentionBackend
+from vllm_lminf.plugin.kv_cache import LambdaSpec
+from vllm_lminf.plugin.layer_kernel import LayerKernel
+from vllm_lminf.plugin.metadata import LambdaMetadata
 
 PATTERN = LambdaPattern(n_global=5, n_local=24, distance_limit=30)
 CPU = torch.device("cpu")

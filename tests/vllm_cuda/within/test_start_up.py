@@ -16,9 +16,9 @@ from vllm.platforms.interface import DeviceCapability, Platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_lminf import compat, hosts, startup
-from vllm_lminf.kernels.choice import choose
-from vllm_lminf.startup import UnsupportedError
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.kernels.registry import choose
+from vllm_lminf.plugin import checks, hosts, patches
 
 PINNED = Path(__file__).parents[3] / "requirements-vllm-cuda.txt"
 DEVICES = [(8, 0), (9, 0), (10, 0)]
@@ -41,8 +41,8 @@ def engine(model: str, kernel: str = "auto", **arguments: Any) -> VllmConfig:
 
 def chosen(config: VllmConfig) -> str | None:
     """What an engine's layers will run."""
-    situation = startup.situation_of(config, startup.pattern_of(config))
-    return choose(startup.kernel_of(config), situation).kernel
+    situation = checks.situation_of(config, checks.pattern_of(config))
+    return choose(checks.kernel_of(config), situation).kernel
 
 
 class TestEnvironment:
@@ -59,7 +59,7 @@ class TestEnvironment:
         assert "LMINF" in AttentionBackendEnum.__members__
 
     def test_what_is_wrapped_is_there(self) -> None:
-        wrapped = {f"{owner.__name__}.{name}" for owner, name in compat._originals}
+        wrapped = {f"{owner.__name__}.{name}" for owner, name in patches._originals}
         assert wrapped == {
             "EngineArgs.create_engine_config",
             "CpuPlatform.get_attn_backend_cls",
@@ -73,7 +73,7 @@ class TestConfiguration:
     def test_variable(self, model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "LMINF")
         config = EngineArgs(model=model_path, max_model_len=1_000_000).create_engine_config()
-        assert config.attention_config.backend is compat.backend_member()
+        assert config.attention_config.backend is patches.backend_member()
         assert config.model_config.max_model_len == 1_000_000
 
     def test_stays_out_of_the_way(self, model_path: str) -> None:
@@ -90,7 +90,7 @@ class TestConfiguration:
         assert config.speculative_config.method == method
         if method == "draft_model":
             draft = config.speculative_config
-            assert draft.attention_backend is compat.backend_member()
+            assert draft.attention_backend is patches.backend_member()
             assert draft.draft_model_config.max_model_len == 100_000
 
     def test_what_is_served_nowhere(self, model_path: str) -> None:

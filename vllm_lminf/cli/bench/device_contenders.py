@@ -18,9 +18,9 @@ import torch
 from vllm_lminf.cli.bench.device_data import Batch, Layer
 from vllm_lminf.cli.bench.device_job import FLASH, FLEX, FULL, WINDOWED, XFORMERS, triton
 from vllm_lminf.cli.bench.kernel_job import N_GLOBALS, SHOWN_N_GLOBAL
+from vllm_lminf.kernels import base as kernels
 from vllm_lminf.kernels import flash, xformers
-from vllm_lminf.kernels import interface as kernels
-from vllm_lminf.kernels.interface import Rotation, ScoreRules
+from vllm_lminf.kernels.base import Rotation, ScoreRules
 from vllm_lminf.kernels.triton import layer as triton_layer
 from vllm_lminf.pattern import LambdaPattern
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from vllm_lminf.cli.bench.device_job import DeviceCase, DeviceJob
-from vllm_lminf.kernels import reference
-from vllm_lminf.kernels.interface import DeviceBatch, PagedCache
+from vllm_lminf.kernels import oracle
+from vllm_lminf.kernels.base import DeviceBatch, PagedCache
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotarySpec, RotationTables, rotate
 
@@ -139,7 +139,7 @@ class Batch:
             key, value = layer.key_and_value(row // self.case.queries, seen.to(layer.device))
             query = self.query[row : row + 1, of_group]
             expected.append(
-                reference.lambda_attention(
+                oracle.lambda_attention(
                     layer.raw(query, torch.tensor([position])),
                     layer.raw(key[:, kv_head : kv_head + 1], seen),
                     value[:, kv_head : kv_head + 1].to("cpu", torch.float64),

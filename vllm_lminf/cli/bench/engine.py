@@ -20,7 +20,7 @@ from vllm_lminf.cli.child import Answers, serve_job
 from vllm_lminf.cli.model_facts import kv_bytes_per_token
 from vllm_lminf.cli.scoring import prompt_nll
 from vllm_lminf.cli.scoring_job import ENGINE_NAMES, DecodeRun, EngineName, PrefillStep
-from vllm_lminf.config import BACKEND_NAME, SECTION
+from vllm_lminf.plugin.config import BACKEND_NAME, SECTION
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -115,14 +115,14 @@ def start_engine(name: EngineName, job: EngineJob, model: ModelConfig) -> Steppe
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    from vllm_lminf import compat
+    from vllm_lminf.plugin import patches
 
     longest = job.lengths_of(name)[-1]
     max_model_len = longest + job.decode_tokens + 1
     options: dict[str, Any] = {}
     if name == "lminf":
         options = {"attention_backend": BACKEND_NAME, "additional_config": {SECTION: job.lminf}}
-    elif max_model_len > (compat.trained_length(model) or max_model_len):
+    elif max_model_len > (patches.trained_length(model) or max_model_len):
         options = {"hf_overrides": {"max_position_embeddings": max_model_len}}
     begin = time.perf_counter()
     llm = LLM(
@@ -244,7 +244,7 @@ def measure(job: EngineJob, answers: Answers) -> EngineResult:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
-    from vllm_lminf import compat
+    from vllm_lminf.plugin import patches
 
     done = 0
 
@@ -288,7 +288,7 @@ def measure(job: EngineJob, answers: Answers) -> EngineResult:
     return EngineResult(
         runs={name: engines[name].runs(prefill[name], decodes[name]) for name in ENGINE_NAMES},
         agreement=agreement,
-        trained_length=compat.trained_length(model),
+        trained_length=patches.trained_length(model),
         threads=torch.get_num_threads(),
         device=current_platform.get_device_name(),
     )

@@ -15,9 +15,9 @@ from typing import Any
 
 from vllm_lminf.cli.bench.engine_job import EngineJob, EngineResult
 from vllm_lminf.cli.bench.running import DTYPES, prepare_output, print_notes, run_job, write_results
-from vllm_lminf.cli.errors import CliError
 from vllm_lminf.cli.eval import RECORDED_VARIABLES, check_settings, engine_environment, is_utf8
 from vllm_lminf.cli.lengths import parse_lengths
+from vllm_lminf.errors import CliError
 
 HELP = "time a model under LMINF and under full attention, over growing lengths"
 

@@ -17,7 +17,6 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_lminf.attention.rotary import ExactRotaryEmbedding, read_spec
 from vllm_lminf.cli.bench.kernel_job import (
     LMINF_ROTARY,
     N_GLOBALS,
@@ -37,11 +36,12 @@ from vllm_lminf.cli.bench.kernel_job import (
 )
 from vllm_lminf.cli.bench.turns import time_in_turns
 from vllm_lminf.cli.child import Answers, serve_job
-from vllm_lminf.kernels import reference
-from vllm_lminf.kernels.cpu import CpuBatch, CpuLayer
-from vllm_lminf.kernels.interface import ScoreRules
-from vllm_lminf.kernels.paged import far_rotations
+from vllm_lminf.kernels import oracle
+from vllm_lminf.kernels.base import ScoreRules
+from vllm_lminf.kernels.cpu.kernel import CpuBatch, CpuLayer
+from vllm_lminf.kernels.reference import far_rotations
 from vllm_lminf.pattern import LambdaPattern, cdiv
+from vllm_lminf.plugin.rotary import ExactRotaryEmbedding, read_spec
 from vllm_lminf.rope import RotarySpec, RotationTables, rotate
 
 BLOCK_SIZE = 128
@@ -253,7 +253,7 @@ def oracle_error(contender: Contender, batch: Batch) -> float:
         )
         query = batch.query[row : row + 1, of_group]
         expected.append(
-            reference.lambda_attention(
+            oracle.lambda_attention(
                 sequences.raw(query, batch.positions[row : row + 1]),
                 sequences.raw(key, torch.arange(position + 1)),
                 value.to(torch.float64),

@@ -27,8 +27,8 @@ from vllm_lminf.cli.bench.kernel_job import (
     small_job,
 )
 from vllm_lminf.cli.bench.running import DTYPES, prepare_output, print_notes, run_job, write_results
-from vllm_lminf.cli.errors import CliError
 from vllm_lminf.cli.machine import machine
+from vllm_lminf.errors import CliError
 
 HELP = "time the kernels beside vLLM's own at the same window"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_lminf.cli.child import run_child
-from vllm_lminf.cli.errors import CliError
 from vllm_lminf.cli.machine import machine, versions
+from vllm_lminf.errors import CliError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -17,8 +17,8 @@ from vllm_lminf.cli.bench.running import DTYPES, RESULTS, make_folder, write_res
 from vllm_lminf.cli.bench.start_job import KINDS, Kind, StartJob, StartResult
 from vllm_lminf.cli.bench.start_report import start_notes, start_table
 from vllm_lminf.cli.child import run_child
-from vllm_lminf.cli.errors import CliError
-from vllm_lminf.config import BACKEND_NAME, BACKEND_VARIABLE
+from vllm_lminf.errors import CliError
+from vllm_lminf.plugin.config import BACKEND_NAME, BACKEND_VARIABLE
 
 HELP = "time how long an engine takes to start, with LMINF and without"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vllm_lminf.kernels.interface import (
+from vllm_lminf.kernels.base import (
     DeviceBatch,
     Heads,
     PagedCache,

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from vllm_lminf.kernels.interface import Heads
+from vllm_lminf.kernels.base import Heads
 from vllm_lminf.pattern import LambdaPattern, cdiv
 
 MAX_DECODE_ROWS = 64

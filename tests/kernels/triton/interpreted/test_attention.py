@@ -21,7 +21,7 @@ from tests.kernels.triton.cases import (
     rules_case,
     rules_of,
 )
-from vllm_lminf.kernels.interface import DeviceBatch, Heads
+from vllm_lminf.kernels.base import DeviceBatch, Heads
 from vllm_lminf.kernels.triton import plan as plan_module
 from vllm_lminf.kernels.triton.plan import Plan, decode_plan, prefill_plan
 from vllm_lminf.pattern import LambdaPattern

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_lminf.kernels.interface import Heads, PagedCache, ScoreRules
+from vllm_lminf.kernels.base import Heads, PagedCache, ScoreRules
 from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace
 from vllm_lminf.pattern import LambdaPattern
 

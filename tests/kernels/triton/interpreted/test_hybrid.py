@@ -12,8 +12,8 @@ from tests.kernels.flash_batches import by_id, run
 from tests.kernels.test_paged import assert_close
 from tests.kernels.triton.cases import PATTERNS, exact_and_tolerance, rules_of
 from tests.kernels.triton.interpreted.test_flash import flash_attn_varlen_func
+from vllm_lminf.kernels.base import ScoreRules
 from vllm_lminf.kernels.hybrid import HybridLayer
-from vllm_lminf.kernels.interface import ScoreRules
 
 DTYPE = torch.float16
 

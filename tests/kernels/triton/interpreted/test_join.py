@@ -7,7 +7,7 @@ from tests.kernels.batches import Batch, Case, make_batch
 from tests.kernels.cases import assert_close
 from tests.kernels.triton.cases import FAR, exact_and_tolerance, rules_case, rules_of
 from tests.kernels.triton.window import log_sum_exp, window_attention
-from vllm_lminf.kernels.interface import ScoreRules
+from vllm_lminf.kernels.base import ScoreRules
 
 MIXED = ((150, 1), (90, 40), (0, 100), (47, 3))
 CASES = [

@@ -19,7 +19,7 @@ from tests.kernels.cases import assert_close
 from tests.kernels.triton.cases import exact_and_tolerance
 from tests.kernels.triton.interpreted import block_pointers
 from tests.kernels.xformers_batches import by_id, far_by_id, make_layer, near, run
-from vllm_lminf.kernels.interface import DeviceBatch, PagedCache, ScoreRules
+from vllm_lminf.kernels.base import DeviceBatch, PagedCache, ScoreRules
 from vllm_lminf.kernels.xformers_plan import Operators
 
 DTYPE = torch.float16

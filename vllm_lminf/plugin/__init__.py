@@ -13,7 +13,7 @@ def register() -> None:
     """
     from vllm.logger import init_logger
 
-    from vllm_lminf import config, hosts
+    from vllm_lminf.plugin import config, hosts
 
     if reasons := hosts.unsupported_environment():
         message = f"{config.BACKEND_NAME} is not available: {'; '.join(reasons)}"
@@ -26,7 +26,7 @@ def register() -> None:
         level = logging.DEBUG if told_later else logging.WARNING
         init_logger("vllm.lminf").log(level, message)
         return
-    from vllm_lminf import compat
-    from vllm_lminf.startup import prepare
+    from vllm_lminf.plugin import patches
+    from vllm_lminf.plugin.checks import prepare
 
-    compat.install(prepare)
+    patches.install(prepare)

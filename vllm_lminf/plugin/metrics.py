@@ -13,9 +13,9 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 from vllm.v1.request import Request
 
-from vllm_lminf import compat
-from vllm_lminf.kv_cache.manager import LambdaManager
-from vllm_lminf.startup import pattern_of
+from vllm_lminf.plugin import patches
+from vllm_lminf.plugin.checks import pattern_of
+from vllm_lminf.plugin.kv_cache import LambdaManager
 
 BLOCKS_PINNED = "lminf_kv_blocks_pinned"
 BLOCKS_FREED = "lminf_kv_blocks_freed"
@@ -139,7 +139,7 @@ class LambdaStatLogger(AggregateStatLoggerBase):
         mm_cache_stats: MultiModalCacheStats | None = None,
         engine_idx: int = 0,
     ) -> None:
-        if scheduler_stats and (numbers := compat.unload_stats(scheduler_stats)):
+        if scheduler_stats and (numbers := patches.unload_stats(scheduler_stats)):
             self._pinned[engine_idx].set(numbers[BLOCKS_PINNED])
             self._freed[engine_idx].inc(numbers[BLOCKS_FREED])
             self._outside[engine_idx].set(numbers[TOKENS_OUTSIDE])

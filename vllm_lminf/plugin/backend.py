@@ -16,17 +16,18 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from vllm_lminf.attention.impl import LambdaAttentionImpl
-from vllm_lminf.attention.loaded import models
-from vllm_lminf.attention.metadata import LambdaMetadataBuilder
-from vllm_lminf.attention.patterns import cache_pattern
-from vllm_lminf.config import BACKEND_NAME
-from vllm_lminf.kernels.choice import choose
-from vllm_lminf.kernels.interface import Heads, Situation
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.kernels.base import Heads, Situation
+from vllm_lminf.kernels.registry import choose
 from vllm_lminf.kernels.triton.plan import MOST_TILE_KEYS
-from vllm_lminf.kv_cache.spec import LambdaSpec
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.startup import ANY_BLOCK_SIZE, UnsupportedError, cache_dtype_of, kernel_of
+from vllm_lminf.plugin.checks import ANY_BLOCK_SIZE, cache_dtype_of, kernel_of
+from vllm_lminf.plugin.config import BACKEND_NAME
+from vllm_lminf.plugin.impl import LambdaAttentionImpl
+from vllm_lminf.plugin.kv_cache import LambdaSpec
+from vllm_lminf.plugin.loaded_model import models
+from vllm_lminf.plugin.metadata import LambdaMetadataBuilder
+from vllm_lminf.plugin.patterns import cache_pattern
 
 _FP8: tuple[CacheDType, ...] = ("fp8", "fp8_e4m3", "fp8_e5m2")
 

@@ -1,8 +1,8 @@
-"""Λ-attention over a paged KV cache by compiled kernels for CPUs; `native/` holds their source.
+"""Λ-attention over a paged KV cache by compiled kernels for CPUs; `csrc/` holds their source.
 
-The keys and values of a block are stored in an order of the kernels' own (`native/cache.h`):
+The keys and values of a block are stored in an order of the kernels' own (`csrc/cache.h`):
 `write_cache` and `lambda_attention` of this module belong together. What is computed is what
-`vllm_lminf.kernels.paged` computes.
+`vllm_lminf.kernels.reference` computes.
 """
 
 import ctypes
@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_lminf.kernels.interface import ScoreRules
-from vllm_lminf.kernels.native.build import load_library
-from vllm_lminf.kernels.paged import FarRotations
+from vllm_lminf.kernels.base import ScoreRules
+from vllm_lminf.kernels.cpu.build import load_library
+from vllm_lminf.kernels.reference import FarRotations
 from vllm_lminf.pattern import LambdaPattern, cdiv
 
 _LANES = 16
@@ -22,7 +22,7 @@ _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
 class _Batch(ctypes.Structure):
-    """`LminfBatch` of native/interface.h."""
+    """`LminfBatch` of csrc/interface.h."""
 
     _fields_: ClassVar = [
         ("query_start_loc", _POINTER),
@@ -44,7 +44,7 @@ class _Batch(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    """`LminfLayer` of native/interface.h."""
+    """`LminfLayer` of csrc/interface.h."""
 
     _fields_: ClassVar = [
         ("query", _POINTER),
@@ -66,7 +66,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Rotation(ctypes.Structure):
-    """`LminfRotation` of native/interface.h."""
+    """`LminfRotation` of csrc/interface.h."""
 
     _fields_: ClassVar = [
         ("cos_sin", _POINTER),

@@ -17,17 +17,18 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_lminf import trained
-from vllm_lminf.attention.patterns import cache_pattern
-from vllm_lminf.attention.rotary import Rotary
-from vllm_lminf.config import BACKEND_NAME
-from vllm_lminf.kernels.cpu import CpuBatch
-from vllm_lminf.kernels.interface import DeviceBatch
-from vllm_lminf.kernels.paged import FarRotations, far_rotations
-from vllm_lminf.kv_cache.spec import LambdaSpec
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.kernels.base import DeviceBatch
+from vllm_lminf.kernels.cpu.kernel import CpuBatch
+from vllm_lminf.kernels.reference import FarRotations, far_rotations
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.speculation import target_of
-from vllm_lminf.startup import UnsupportedError, pattern_of
+from vllm_lminf.plugin import trained_length
+from vllm_lminf.plugin.checks import pattern_of
+from vllm_lminf.plugin.config import BACKEND_NAME
+from vllm_lminf.plugin.kv_cache import LambdaSpec
+from vllm_lminf.plugin.patterns import cache_pattern
+from vllm_lminf.plugin.rotary import Rotary
+from vllm_lminf.plugin.speculation import target_of
 
 logger = init_logger("vllm.lminf")
 
@@ -112,11 +113,11 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
         self.supports_draft_decode_metadata_update = (
             self.get_cudagraph_support(vllm_config, kv_cache_spec) is not AttentionCGSupport.NEVER
         )
-        learnt = trained.of(target_of(vllm_config))
+        learnt = trained_length.of(target_of(vllm_config))
         sentences = [*learnt.remarks]
         if None in windows:
             _log_what_is_active(kv_cache_spec, vllm_config, layers)
-            sentences += trained.distances_beyond(learnt, pattern_of(vllm_config))
+            sentences += trained_length.distances_beyond(learnt, pattern_of(vllm_config))
         else:
             _warn_if_all_layers_have_windows(vllm_config)
         for sentence in sentences:
@@ -217,7 +218,7 @@ def _log_what_is_active(spec: LambdaSpec, config: VllmConfig, layers: Iterable[A
         pattern.n_global,
         pattern.n_local,
         pattern.distance_limit,
-        trained.of(target_of(config)).length or "unknown",
+        trained_length.of(target_of(config)).length or "unknown",
         model.max_model_len,
         spec.max_admission_blocks_per_request(config.max_in_flight_tokens, model.max_model_len),
         spec.block_size,

@@ -7,8 +7,8 @@ else. What it must not do is to read or keep other blocks than the engine's Λ d
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vllm_lminf.config import BACKEND_NAME
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin.config import BACKEND_NAME
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig

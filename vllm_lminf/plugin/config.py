@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
+from vllm_lminf.errors import SettingsError
 from vllm_lminf.pattern import MAX_POSITION, LambdaPattern, shown
 
 BACKEND_NAME = "LMINF"
@@ -24,7 +25,7 @@ KERNELS = ("auto", "triton", "hybrid", "xformers", "flash", "cpu", "reference")
 """For GPUs: ``triton``, ``xformers``, ``flash`` (FlashAttention, from the package that vLLM ships)
 and ``hybrid`` (``flash`` for prefill and ``triton`` for decoding). ``cpu``: compiled, for CPUs.
 ``reference``: plain PyTorch, anywhere. ``auto``: the best that can run, see
-`vllm_lminf.kernels.choice`."""
+`vllm_lminf.kernels.registry`."""
 
 _NAMES = ("n_global", "n_local", "distance_limit", "kernel")
 _ALLOWED = {
@@ -38,17 +39,9 @@ _VARIABLES = {name: VARIABLE_PREFIX + name.upper() for name in _NAMES}
 _PLACE = f'--additional-config \'{{"{SECTION}": {{"n_global": 10, "n_local": 4096}}}}\''
 
 
-class SettingsError(ValueError):
-    """Settings that can't be honoured; the message lists every problem and what is allowed."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        lines = "\n".join(f"  - {problem}" for problem in problems)
-        allowed = "\n".join(f"    {name}: {what}" for name, what in _ALLOWED.items())
-        super().__init__(
-            f"{BACKEND_NAME} can't start with these settings:\n{lines}\n"
-            f"  Set them with {_PLACE} or with {', '.join(_VARIABLES.values())}:\n{allowed}"
-        )
+_HOW = f"  Set them with {_PLACE} or with {', '.join(_VARIABLES.values())}:\n" + "\n".join(
+    f"    {name}: {what}" for name, what in _ALLOWED.items()
+)
 
 
 def canonical(name: str) -> str:
@@ -149,7 +142,7 @@ class Settings:
             except SettingsError as error:
                 problems += error.problems
         if problems:
-            raise SettingsError(problems)
+            raise SettingsError(problems, _HOW)
         return settings
 
     def pattern(self, trained_length: int | None) -> LambdaPattern:
@@ -168,13 +161,14 @@ class Settings:
                 [
                     "n_local is not set, and the model's configuration names no trained length "
                     "that it could default to: set n_local"
-                ]
+                ],
+                _HOW,
             )
         limit = self.distance_limit if self.distance_limit is not None else n_local
         try:
             return LambdaPattern(self.n_global, n_local, limit)
         except ValueError as error:
-            raise SettingsError([str(error)]) from error
+            raise SettingsError([str(error)], _HOW) from error
 
 
 def _section(additional_config: object, problems: list[str]) -> Mapping[str, Any]:

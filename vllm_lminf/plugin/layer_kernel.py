@@ -9,15 +9,15 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from vllm_lminf import compat
-from vllm_lminf.attention.metadata import LambdaMetadata
-from vllm_lminf.attention.rotary import Rotary
-from vllm_lminf.kernels import cpu, flash, paged, xformers
-from vllm_lminf.kernels.choice import choose
-from vllm_lminf.kernels.interface import Heads, PagedCache, Rotation, ScoreRules, Situation
-from vllm_lminf.kernels.native.build import BuildError
+from vllm_lminf.errors import BuildError, UnsupportedError
+from vllm_lminf.kernels import flash, reference, xformers
+from vllm_lminf.kernels.base import Heads, PagedCache, Rotation, ScoreRules, Situation
+from vllm_lminf.kernels.cpu.kernel import CpuLayer, serves
+from vllm_lminf.kernels.registry import choose
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.startup import UnsupportedError
+from vllm_lminf.plugin import patches
+from vllm_lminf.plugin.metadata import LambdaMetadata
+from vllm_lminf.plugin.rotary import Rotary
 
 logger = init_logger("vllm.lminf")
 
@@ -42,7 +42,7 @@ class Layer:
     situation: Situation
     rules: ScoreRules
     rotary: Rotary | None
-    compiled: cpu.CpuLayer | None
+    compiled: CpuLayer | None
     device: torch.device
     engine: object
     decode_len: int = 1
@@ -80,7 +80,7 @@ class Kernel(Protocol):
         slot_mapping: torch.Tensor,
         scales: Scales | None,
     ) -> None:
-        """Stores keys and values in their slots; see `vllm_lminf.kernels.paged.write_cache`."""
+        """Stores keys and values in their slots; see `vllm_lminf.kernels.reference.write_cache`."""
 
     def attend(
         self,
@@ -90,7 +90,7 @@ class Kernel(Protocol):
         output: torch.Tensor,
         scales: Scales | None,
     ) -> None:
-        """Attention of a batch; see `vllm_lminf.kernels.paged.lambda_attention`."""
+        """Attention of a batch; see `vllm_lminf.kernels.reference.lambda_attention`."""
 
     def warm_up(
         self,
@@ -228,7 +228,7 @@ class LayerKernel:
 
 
 class CompiledKernel(_ForHosts):
-    """`vllm_lminf.kernels.cpu`."""
+    """`vllm_lminf.kernels.cpu.kernel`."""
 
     def __init__(self, layer: Layer) -> None:
         if layer.compiled is None:
@@ -261,8 +261,8 @@ class CompiledKernel(_ForHosts):
 
 
 class ReferenceKernel(_ForHosts):
-    """`vllm_lminf.kernels.paged`. It goes through a batch on the host, which on a GPU means that
-    the first layer of every step waits for the device."""
+    """`vllm_lminf.kernels.reference`. It goes through a batch on the host, which means on a GPU
+    that the first layer of every step waits for the device."""
 
     def __init__(self, layer: Layer) -> None:
         self._layer = layer
@@ -276,7 +276,7 @@ class ReferenceKernel(_ForHosts):
         scales: Scales | None,
     ) -> None:
         """See `Kernel`."""
-        paged.write_cache(key, value, kv_cache, slot_mapping)
+        reference.write_cache(key, value, kv_cache, slot_mapping)
 
     def attend(
         self,
@@ -288,7 +288,7 @@ class ReferenceKernel(_ForHosts):
     ) -> None:
         """See `Kernel`."""
         pattern, rotary = self._layer.situation.pattern, self._layer.far_rotary
-        paged.lambda_attention(
+        reference.lambda_attention(
             query,
             kv_cache,
             metadata.batch.block_table,
@@ -376,7 +376,7 @@ class FlashKernel(_GpuKernel):
         from vllm_lminf.kernels.flash import FlashLayer
 
         super().__init__(layer)
-        attend = compat.flash_attention(layer.situation.heads.head_size)
+        attend = patches.flash_attention(layer.situation.heads.head_size)
         self._attending = FlashLayer(*_description(layer), _workspace(layer), attend)
 
 
@@ -389,7 +389,7 @@ class HybridKernel(_GpuKernel):
         from vllm_lminf.kernels.hybrid import HybridLayer
 
         super().__init__(layer)
-        attend = compat.flash_attention(layer.situation.heads.head_size)
+        attend = patches.flash_attention(layer.situation.heads.head_size)
         self._attending = HybridLayer(
             *_description(layer), _workspace(layer), attend, layer.decode_len
         )
@@ -419,13 +419,13 @@ def paged_cache(kv_cache: torch.Tensor, dtype: torch.dtype, scales: Scales | Non
     """vLLM's cache as the kernels for GPUs take it.
 
     Args:
-        kv_cache: see `vllm_lminf.kernels.paged.split_cache`; 8-bit numbers as bytes.
+        kv_cache: see `vllm_lminf.kernels.reference.split_cache`; 8-bit numbers as bytes.
         dtype: what is stored.
         scales: vLLM gives every layer some; numbers of 16 bits and more are stored as they are.
     """
     if dtype.itemsize > 1 or scales is None:
-        return PagedCache(*paged.split_cache(kv_cache.view(dtype)))
-    return PagedCache(*paged.split_cache(kv_cache.view(dtype)), *scales)
+        return PagedCache(*reference.split_cache(kv_cache.view(dtype)))
+    return PagedCache(*reference.split_cache(kv_cache.view(dtype)), *scales)
 
 
 def _description(layer: Layer) -> tuple[Heads, LambdaPattern, ScoreRules, Rotation | None]:
@@ -451,7 +451,7 @@ def _workspace(layer: Layer) -> Any:
 
 def compile_layer(
     asked: str, device: torch.device, heads: Heads, rules: ScoreRules
-) -> cpu.CpuLayer | None:
+) -> CpuLayer | None:
     """The compiled kernel for a layer, or None where it isn't asked for or can't be had.
 
     Args:
@@ -465,12 +465,10 @@ def compile_layer(
     """
     if asked not in ("auto", "cpu") or device.type != "cpu":
         return None
-    if not cpu.serves(heads.dtype, heads.head_size):
+    if not serves(heads.dtype, heads.head_size):
         return None  # said once a cache is there, with all other reasons
     try:
-        return cpu.CpuLayer(
-            heads.num_heads, heads.num_kv_heads, heads.head_size, heads.dtype, rules
-        )
+        return CpuLayer(heads.num_heads, heads.num_kv_heads, heads.head_size, heads.dtype, rules)
     except BuildError as error:
         if asked == "cpu":
             raise UnsupportedError([f"kernel 'cpu': {error}"]) from error

@@ -20,13 +20,13 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_pp_group
 from vllm.forward_context import set_forward_context
 
-from vllm_lminf import compat, trained
-from vllm_lminf.attention.rotary import Rotary
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.plugin import patches, trained_length
+from vllm_lminf.plugin.rotary import Rotary
 from vllm_lminf.rope import rotate
-from vllm_lminf.startup import UnsupportedError
 
 if TYPE_CHECKING:
-    from vllm_lminf.attention.impl import LambdaAttentionImpl
+    from vllm_lminf.plugin.impl import LambdaAttentionImpl
 
 NUM_TOKENS = 8
 
@@ -190,7 +190,7 @@ def _check_scale(engine: VllmConfig, factor: float, position: int) -> None:
     position itself: it is known at those that the model was trained on."""
     if factor == 1.0:
         return
-    length = trained.of(engine.model_config).length
+    length = trained_length.of(engine.model_config).length
     if length is not None and engine.model_config.max_model_len <= length:
         return
     serves = "" if length is None else f"; --max-model-len {length} serves what it was trained on"
@@ -251,7 +251,7 @@ class _Runs:
             for name, impl in self._layers.items():
                 impl.watch = watch(name)
                 stack.callback(impl.__setattr__, "watch", None)
-            compat.leave_adapters_out(self._model, NUM_TOKENS)
+            patches.leave_adapters_out(self._model, NUM_TOKENS)
             stack.enter_context(set_current_vllm_config(self._engine))
             stack.enter_context(
                 set_forward_context(None, self._engine, num_tokens=NUM_TOKENS, skip_compiled=True)

@@ -8,7 +8,7 @@ that compiles anything later.
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_lminf.attention.kernel import LayerKernel, scales_of
+from vllm_lminf.plugin.layer_kernel import LayerKernel, scales_of
 
 
 def warm_up(engine: VllmConfig) -> None:

@@ -6,7 +6,7 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.startup import pattern_of
+from vllm_lminf.plugin.checks import pattern_of
 
 
 def layer_pattern(pattern: LambdaPattern, own_window: int | None) -> LambdaPattern:

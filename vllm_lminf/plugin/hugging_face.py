@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_lminf.attention.rotary import Rotary
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.plugin.rotary import Rotary
 from vllm_lminf.rope import RotarySpec, RotationTables
-from vllm_lminf.startup import UnsupportedError
 
 Layout = Callable[[torch.Tensor], torch.Tensor]
 """From the angle of every pair, [..., rotary_dim / 2], to what a module hands out."""

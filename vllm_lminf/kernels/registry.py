@@ -8,8 +8,8 @@ from importlib import import_module
 
 import torch
 
-from vllm_lminf.kernels import cpu
-from vllm_lminf.kernels.interface import Situation
+from vllm_lminf.kernels.base import Situation
+from vllm_lminf.kernels.cpu.kernel import serves
 
 _MODULES = {
     "flash": "vllm_lminf.kernels.flash",
@@ -86,7 +86,7 @@ def _cpu_reasons(situation: Situation) -> list[str]:
     heads = situation.heads
     if situation.device_type != "cpu":
         reasons.append(f"it runs on CPUs, not on {situation.device_type}")
-    if not cpu.serves(heads.dtype, heads.head_size):
+    if not serves(heads.dtype, heads.head_size):
         reasons.append(
             "it takes heads of a multiple of 16 dimensions in float32, float16 or bfloat16, not "
             f"{heads.head_size} in {_name(heads.dtype)}"

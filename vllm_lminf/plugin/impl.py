@@ -7,23 +7,18 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from vllm_lminf import compat
-from vllm_lminf.attention.kernel import Layer, LayerKernel, compile_layer, scales_of
-from vllm_lminf.attention.loaded import models
-from vllm_lminf.attention.metadata import LambdaMetadata
-from vllm_lminf.attention.patterns import layer_pattern
-from vllm_lminf.attention.probe import Watch
-from vllm_lminf.attention.rotary import Rotary
-from vllm_lminf.attention.warm_up import warm_up
-from vllm_lminf.kernels.cpu import CpuLayer
-from vllm_lminf.kernels.interface import Heads, ScoreRules, Situation
-from vllm_lminf.startup import (
-    UnsupportedError,
-    cache_dtype_of,
-    kernel_of,
-    pattern_being_built,
-    situation_of,
-)
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.kernels.base import Heads, ScoreRules, Situation
+from vllm_lminf.kernels.cpu.kernel import CpuLayer
+from vllm_lminf.plugin import patches
+from vllm_lminf.plugin.checks import cache_dtype_of, kernel_of, pattern_being_built, situation_of
+from vllm_lminf.plugin.layer_kernel import Layer, LayerKernel, compile_layer, scales_of
+from vllm_lminf.plugin.loaded_model import models
+from vllm_lminf.plugin.metadata import LambdaMetadata
+from vllm_lminf.plugin.patterns import layer_pattern
+from vllm_lminf.plugin.probe import Watch
+from vllm_lminf.plugin.rotary import Rotary
+from vllm_lminf.plugin.warm_up import warm_up
 
 
 class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
@@ -94,7 +89,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         self.compiled = compile_layer(
             kernel_of(self.engine), self.device, self.situation.heads, self.rules
         )
-        compat.register_warm_up(self.engine, warm_up)
+        patches.register_warm_up(self.engine, warm_up)
 
     def make_ready(self, rotary: Rotary | None) -> None:
         """Gives the layer its kernel, without which it doesn't run.

@@ -1,4 +1,7 @@
-"""Which blocks a request holds under the Λ: the pinned ones, and those its window still reaches.
+"""The KV cache of a layer under the Λ: its spec, its block manager, and what to do where it is too
+small.
+
+A request holds the pinned blocks, and those that its window still reaches.
 
 A request's block list keeps one entry for every block of the sequence, in order; an entry whose
 block was freed is vLLM's null block. So a long request's list reads, for one pinned block::
@@ -10,15 +13,81 @@ and the window.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
+from vllm.config import VllmConfig
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
 
-from vllm_lminf.kv_cache.spec import LambdaSpec
-from vllm_lminf.pattern import cdiv
+from vllm_lminf.pattern import LambdaPattern, cdiv
+from vllm_lminf.plugin.checks import pattern_of
+from vllm_lminf.plugin.config import BACKEND_NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class LambdaSpec(SlidingWindowSpec):
+    """Blocks behind the window are freed, all but those that hold a global token.
+
+    A subclass of `SlidingWindowSpec` because vLLM takes the admission cap from that class and its
+    subclasses only. ``sliding_window`` is the Λ's n_local.
+
+    Attributes:
+        n_global: leading tokens whose blocks stay as long as the request.
+        distance_limit: part of what the layer computes; the allocator doesn't use it.
+        num_lookahead_tokens: slots that a draft model fills beyond the tokens in flight.
+    """
+
+    n_global: int
+    distance_limit: int
+    num_lookahead_tokens: int = 0
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, pattern: LambdaPattern, num_lookahead_tokens: int = 0) -> Self:
+        """The cache that vLLM planned for a layer, kept by this Λ."""
+        return cls(
+            block_size=spec.block_size,
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            head_size_v=spec.head_size_v,
+            dtype=spec.dtype,
+            kv_quant_mode=spec.kv_quant_mode,
+            max_tp_shards=spec.max_tp_shards,
+            page_size_padded=spec.page_size_padded,
+            sliding_window=pattern.n_local,
+            n_global=pattern.n_global,
+            distance_limit=pattern.distance_limit,
+            num_lookahead_tokens=num_lookahead_tokens,
+        )
+
+    @property
+    def pattern(self) -> LambdaPattern:
+        return LambdaPattern(self.n_global, self.sliding_window, self.distance_limit)
+
+    @property
+    def num_retained_tokens(self) -> int:
+        """Tokens below a step's first position that the worker leaves in the block table, where
+        0 stands for all of them. From 0.33 on the worker blanks entries below a plain window; it
+        must not blank the pinned ones."""
+        return 0
+
+    def max_admission_blocks_per_request(
+        self, max_in_flight_tokens: int, max_model_len: int
+    ) -> int:
+        return self.pattern.max_blocks_held(
+            self.block_size,
+            max_in_flight_tokens + self.num_lookahead_tokens,
+            max_model_len,
+            self.extra_retained_tokens,
+        )
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return all(
+            isinstance(spec, LambdaSpec) and spec.pattern == self.pattern
+            for spec in kv_cache_specs.values()
+        )
 
 
 class LambdaManager(SingleTypeKVCacheManager):
@@ -190,3 +259,59 @@ class LambdaManager(SingleTypeKVCacheManager):
         return [
             self._null_block if b in freed else block for b, block in enumerate(computed_blocks)
         ]
+
+
+Specs = dict[str, KVCacheSpec]
+"""The caches of a worker's layers, by layer."""
+
+
+def advice(config: VllmConfig, specs: Sequence[Specs], available_memory: Sequence[int]) -> str:
+    """A sentence or two: what a request takes under the Λ, and which n_local would fit.
+
+    Args:
+        config: the engine's.
+        specs: of every worker, the caches of its layers.
+        available_memory: of every worker, in bytes.
+    """
+    n_local = pattern_of(config).n_local
+    fits = _largest_n_local(config, specs, available_memory)
+    smaller = (
+        f"n_local {fits} fits"
+        if fits
+        else "no n_local fits with this n_global and this many tokens in flight"
+    )
+    return (
+        f"With {BACKEND_NAME} a request takes no more memory the longer it gets, so a smaller "
+        "max_model_len hardly helps. What a request holds follows from n_local, which is "
+        f"{n_local}, n_global, and --max-num-batched-tokens, which is "
+        f"{config.scheduler_config.max_num_batched_tokens}: {smaller}."
+    )
+
+
+def _largest_n_local(
+    config: VllmConfig, specs: Sequence[Specs], available_memory: Sequence[int]
+) -> int:
+    """The largest window, in steps of 16 tokens, with which one request fits; 0 if there is none.
+
+    A layer with a window of its own keeps it. One block is left to vLLM, which puts it aside.
+    """
+    n_local = pattern_of(config).n_local
+
+    def fits(window: int) -> bool:
+        for layers, memory in zip(specs, available_memory, strict=True):
+            needed = 0
+            for spec in layers.values():
+                cut = spec
+                if isinstance(spec, LambdaSpec) and spec.pattern.n_local == n_local:
+                    pattern = replace(spec.pattern, n_local=window)
+                    cut = LambdaSpec.of(spec, pattern, spec.num_lookahead_tokens)
+                needed += cut.max_memory_usage_bytes(config) + cut.page_size_bytes
+            if needed > memory:
+                return False
+        return True
+
+    low, high = 0, n_local // 16
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(16 * middle) else (low, middle - 1)
+    return 16 * low

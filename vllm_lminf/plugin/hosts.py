@@ -11,7 +11,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from vllm_lminf.config import is_backend_name
+from vllm_lminf.plugin.config import is_backend_name
 
 OLDEST_VLLM = Version("0.32")
 FIRST_UNKNOWN_VLLM = Version("0.34")

@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.config import VllmConfig
 
-from vllm_lminf.attention import hugging_face, rotary
-from vllm_lminf.attention.probe import find_rotations
-from vllm_lminf.startup import UnsupportedError
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.plugin import hugging_face, rotary
+from vllm_lminf.plugin.probe import find_rotations
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from vllm_lminf.attention.impl import LambdaAttentionImpl
+    from vllm_lminf.plugin.impl import LambdaAttentionImpl
 
 
 class LoadedModels:
@@ -126,7 +126,7 @@ def make_rotations_exact(
     Args:
         model: the model.
         device: where it is.
-        distance_limit: its own; see `vllm_lminf.attention.rotary.make_exact`.
+        distance_limit: its own; see `vllm_lminf.plugin.rotary.make_exact`.
         compiled: whether the compiled kernel for CPUs turns queries and keys.
 
     Returns:

@@ -27,11 +27,12 @@ import threading
 import time
 from pathlib import Path
 
-from vllm_lminf.kernels.native import store
+from vllm_lminf.errors import BuildError
+from vllm_lminf.kernels.cpu import store
 
 logger = logging.getLogger("vllm.lminf")
 
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
 _LIBRARIES = ("-lgomp",)  # see threads.h
 _COMPILERS = (
@@ -48,10 +49,6 @@ _MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2  # of Linux
 _ADVICE = "Set XDG_CACHE_HOME to a folder that is yours alone"
 _STORAGE = {"float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16"}  # of vector.h
 _ENTRY_POINTS = ("lminf_attention", "lminf_write_cache", "lminf_rotate")
-
-
-class BuildError(RuntimeError):
-    """The kernels can't be compiled or loaded here; the message says why and what to do."""
 
 
 def load_library(dtype: str) -> ctypes.CDLL:

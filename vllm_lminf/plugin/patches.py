@@ -22,10 +22,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
-from vllm_lminf import speculation
-from vllm_lminf.config import BACKEND_NAME
+from vllm_lminf.plugin import speculation
+from vllm_lminf.plugin.config import BACKEND_NAME
 
-_BACKEND_PATH = "vllm_lminf.attention.backend.LambdaAttentionBackend"
+_BACKEND_PATH = "vllm_lminf.plugin.backend.LambdaAttentionBackend"
 
 Finish = Callable[[VllmConfig], None]
 _originals: dict[tuple[Any, str], Any] = {}
@@ -79,8 +79,7 @@ def _reduce_backend(member: AttentionBackendEnum) -> tuple[Callable[..., Any], t
 def _register_kv_cache() -> None:
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from vllm_lminf.kv_cache.manager import LambdaManager
-    from vllm_lminf.kv_cache.spec import LambdaSpec
+    from vllm_lminf.plugin.kv_cache import LambdaManager, LambdaSpec
 
     # The registry fills itself only while it is empty: vLLM's own entries must come first. This
     # public call makes it do so and checks nothing.
@@ -155,7 +154,7 @@ def _wrap_scheduler() -> None:
     """
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from vllm_lminf.metrics import Meter
+    from vllm_lminf.plugin.metrics import Meter
 
     meters: WeakKeyDictionary[Scheduler, Meter] = WeakKeyDictionary()
 
@@ -177,7 +176,7 @@ def _wrap_scheduler() -> None:
 
 def unload_stats(stats: Any) -> dict[str, int]:
     """Takes the numbers out of a step's `SchedulerStats`; empty where it carries none."""
-    from vllm_lminf.metrics import NAMES
+    from vllm_lminf.plugin.metrics import NAMES
 
     carrier = stats.num_kv_fetch_reqs_by_stage
     return {name: carrier.pop(name) for name in NAMES if name in carrier}
@@ -189,7 +188,7 @@ def _wrap_stat_loggers() -> None:
     on that --disable-log-stats turned off; offline engines never load it."""
     from vllm.v1.metrics.loggers import StatLoggerManager
 
-    from vllm_lminf.metrics import LambdaStatLogger
+    from vllm_lminf.plugin.metrics import LambdaStatLogger
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
@@ -210,7 +209,7 @@ def _wrap_pool_planning() -> None:
     one request, it advises a smaller max_model_len, which doesn't matter here."""
     from vllm.v1.engine import core
 
-    from vllm_lminf.kv_cache.advice import advice
+    from vllm_lminf.plugin.kv_cache import advice
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -388,7 +387,7 @@ def flash_attention(head_size: int) -> Callable[..., Any]:
 
 def trained_length(model_config: ModelConfig) -> int | None:
     """Tokens of context that the checkpoint was trained for, as this configuration has it; None if
-    it is silent. `vllm_lminf.trained` looks behind it.
+    it is silent. `vllm_lminf.plugin.trained_length` looks behind it.
 
     It is the max_model_len that vLLM derives where the user gives none, without looking at the
     tokenizer, whose limit is no property of the weights. Dynamic NTK is the exception: it changes

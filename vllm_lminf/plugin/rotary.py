@@ -21,9 +21,9 @@ from vllm.model_executor.layers.rotary_embedding import (
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
-from vllm_lminf.kernels.cpu import CpuRotation
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.kernels.cpu.kernel import CpuRotation
 from vllm_lminf.rope import RotarySpec, RotationTables, rotate
-from vllm_lminf.startup import UnsupportedError
 
 logger = init_logger("vllm.lminf")
 

@@ -6,22 +6,22 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.logger import init_logger
 
-from vllm_lminf import compat, speculation, trained
-from vllm_lminf.config import (
+from vllm_lminf.errors import BuildError, SettingsError, UnsupportedError
+from vllm_lminf.kernels.base import Heads, Situation
+from vllm_lminf.kernels.cpu import build
+from vllm_lminf.pattern import MAX_POSITION, LambdaPattern
+from vllm_lminf.plugin import patches, speculation, trained_length
+from vllm_lminf.plugin.config import (
     BACKEND_NAME,
     BACKEND_VARIABLE,
     SECTION,
     VARIABLE_PREFIX,
     Settings,
-    SettingsError,
     given_settings,
     is_backend_name,
     is_near_miss,
     question_of_variables,
 )
-from vllm_lminf.kernels.interface import Heads, Situation
-from vllm_lminf.kernels.native import build
-from vllm_lminf.pattern import MAX_POSITION, LambdaPattern
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -31,19 +31,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.lminf")
 
 
-class UnsupportedError(ValueError):
-    """A model or a feature that LMINF doesn't serve; the message gives every reason."""
-
-    def __init__(self, reasons: list[str]) -> None:
-        self.reasons = reasons
-        lines = "\n".join(f"  - {reason}" for reason in reasons)
-        super().__init__(
-            f"{BACKEND_NAME} can't serve this:\n{lines}\n  Change what is named above, or unset "
-            f"{BACKEND_VARIABLE} (or drop --attention-backend) to run it without LM-Infinite."
-        )
-
-
-def prepare(args: "EngineArgs") -> compat.Finish | None:
+def prepare(args: "EngineArgs") -> patches.Finish | None:
     """Called before an engine's configuration is built from its arguments.
 
     Returns:
@@ -63,7 +51,7 @@ def prepare(args: "EngineArgs") -> compat.Finish | None:
                 BACKEND_NAME,
             )
         return None
-    compat.declare_variables(
+    patches.declare_variables(
         [name for name in os.environ if name.startswith(VARIABLE_PREFIX)]
         + [BACKEND_VARIABLE] * (BACKEND_VARIABLE in os.environ)
     )
@@ -77,7 +65,7 @@ def prepare(args: "EngineArgs") -> compat.Finish | None:
 
 def _select(args: "EngineArgs") -> bool:
     """Whether LMINF is selected; if so, the arguments are made to say it in vLLM's terms."""
-    member = compat.backend_member()
+    member = patches.backend_member()
     known = type(member).__members__
     if question := question_of_variables(os.environ, known):
         raise UnsupportedError([question])
@@ -115,11 +103,11 @@ def _select(args: "EngineArgs") -> bool:
 def pattern_of(config: "VllmConfig") -> LambdaPattern:
     """The Λ of an engine. The same in all its processes: they share arguments and environment."""
     settings = Settings.read(config.additional_config, os.environ)
-    return settings.pattern(trained.of(speculation.target_of(config)).length)
+    return settings.pattern(trained_length.of(speculation.target_of(config)).length)
 
 
 def kernel_of(config: "VllmConfig") -> str:
-    """The kernel that the user asked for: one of `vllm_lminf.config.KERNELS`."""
+    """The kernel that the user asked for: one of `vllm_lminf.plugin.config.KERNELS`."""
     return Settings.read(config.additional_config, os.environ).kernel
 
 
@@ -128,7 +116,7 @@ def pattern_being_built(config: "VllmConfig") -> LambdaPattern:
     model = config.model_config
     if not speculation.is_draft(model):
         return pattern_of(config)
-    return speculation.draft_pattern(pattern_of(config), compat.trained_length(model))
+    return speculation.draft_pattern(pattern_of(config), patches.trained_length(model))
 
 
 def check(config: "VllmConfig") -> None:
@@ -172,7 +160,7 @@ def record_settings(config: "VllmConfig") -> None:
 
 
 def _window_reasons(config: "VllmConfig", pattern: LambdaPattern) -> list[str]:
-    window = trained.of(config.model_config).window
+    window = trained_length.of(config.model_config).window
     if not config.model_config.disable_sliding_window or window is None:
         return []
     if pattern.n_local <= window:
@@ -247,7 +235,7 @@ def _feature_reasons(config: "VllmConfig") -> list[str]:
 def _kernel_reasons(config: "VllmConfig") -> list[str]:
     """Why no kernel that was asked for can run. Where the compiled one is likely to, it starts to
     compile."""
-    from vllm_lminf.kernels.choice import choose
+    from vllm_lminf.kernels.registry import choose
 
     try:
         asked = kernel_of(config)
@@ -272,13 +260,13 @@ def _kernel_reasons(config: "VllmConfig") -> list[str]:
         for reason in against
     ]
     if asked in ("flash", "hybrid"):
-        absent = compat.reasons_against_flash_attention()
+        absent = patches.reasons_against_flash_attention()
         return reasons + [f"kernel {asked!r}{named}: {reason}" for reason in absent]
     dtype = str(model.dtype).removeprefix("torch.")
     if asked == "cpu":
         try:
             build.load_library(dtype)
-        except build.BuildError as error:
+        except BuildError as error:
             reasons.append(f"kernel 'cpu'{named}: {error}")
         return reasons
     if choice.kernel == "cpu":

@@ -1,1 +1,0 @@
-"""vLLM's side of memory: what a layer's KV cache is, and which blocks a request holds."""
