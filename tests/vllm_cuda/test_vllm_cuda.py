@@ -15,14 +15,14 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "build" / "vllm-cuda"
 TESTS = (
     "tests/vllm_cuda/within",
-    "tests/attention/test_layer.py",
-    "tests/attention/test_rotary.py",
-    "tests/attention/test_loaded.py",
-    "tests/attention/test_probe.py",
-    "tests/kv_cache/test_manager.py",
-    "tests/kv_cache/test_spec.py",
-    "tests/test_metrics.py",
-    "tests/test_plugin.py::TestHooks",
+    "tests/plugin/backend/test_impl.py",
+    "tests/plugin/backend/test_rotary.py",
+    "tests/plugin/backend/test_loaded_model.py",
+    "tests/plugin/backend/test_probe.py",
+    "tests/plugin/kv_cache/test_manager.py",
+    "tests/plugin/kv_cache/test_spec.py",
+    "tests/plugin/test_metrics.py",
+    "tests/plugin/test_register.py::TestHooks",
 )
 
 

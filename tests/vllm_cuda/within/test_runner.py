@@ -43,7 +43,7 @@ from vllm.v1.worker.gpu.attn_utils import (
 
 from tests.engine.oracle_model import oracle_logprobs, save_tiny_llama
 from tests.engine.test_exactness import TOLERANCE
-from tests.kv_cache.planning import get_kv_cache_configs
+from tests.plugin.kv_cache.planning import get_kv_cache_configs
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import register
 from vllm_lminf.plugin.backend import LambdaAttentionBackend

@@ -9,7 +9,7 @@ import torch
 
 from tests.kernels.batches import Batch, Case, make_batch
 from tests.kernels.flash_batches import by_id, run
-from tests.kernels.test_paged import assert_close
+from tests.kernels.test_reference import assert_close
 from tests.kernels.triton.cases import PATTERNS, exact_and_tolerance, rules_of
 from tests.kernels.triton.interpreted.test_flash import flash_attn_varlen_func
 from vllm_lminf.kernels.base import ScoreRules

@@ -1,7 +1,9 @@
 """Runs tests of the compiled kernels, built for another CPU and emulated.
 
-A process of its own: ``python -m tests.kernels.emulated COMPILER EMULATOR FOLDER TESTS...``, the
-first two with their arguments. torch runs here; every call of the kernels is sent, with the memory
+A process of its own, the first two arguments with arguments of their own:
+``python -m tests.kernels.cpu.emulated COMPILER EMULATOR FOLDER TESTS...``.
+
+torch runs here; every call of the kernels is sent, with the memory
 that it refers to, to a process of that other CPU (`emulated.cpp`).
 """
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.attention.models import Model, by_rotary_module
+from tests.plugin.backend.models import Model, by_rotary_module
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.plugin.impl import LambdaAttentionImpl
 from vllm_lminf.plugin.loaded_model import LoadedModels

@@ -7,7 +7,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
-from tests.kv_cache.simulation import Simulation, make_spec
+from tests.plugin.kv_cache.simulation import Simulation, make_spec
 from vllm_lminf.plugin.kv_cache import LambdaManager
 
 # n_global, n_local, block_size

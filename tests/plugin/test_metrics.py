@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.kv_cache.simulation import Simulation, make_spec
+from tests.plugin.kv_cache.simulation import Simulation, make_spec
 from vllm_lminf import plugin
 from vllm_lminf.plugin import metrics
 from vllm_lminf.plugin.metrics import BLOCKS_FREED, BLOCKS_PINNED, TOKENS_OUTSIDE, Meter

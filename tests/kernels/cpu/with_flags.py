@@ -1,6 +1,6 @@
 """Runs tests of the compiled kernels, built with other flags of the compiler than usual.
 
-A process of its own: ``python -m tests.kernels.with_flags "-march=x86-64-v3" TESTS...``; see
+A process of its own: ``python -m tests.kernels.cpu.with_flags "-march=x86-64-v3" TESTS...``; see
 `test_variants.py`.
 """
 

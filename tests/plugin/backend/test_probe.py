@@ -9,7 +9,7 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.attention.models import HEAD_SIZE, Model, by_rotary_module, make_rope
+from tests.plugin.backend.models import HEAD_SIZE, Model, by_rotary_module, make_rope
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.plugin.loaded_model import models
 from vllm_lminf.plugin.rotary import ExactRotaryEmbedding

@@ -1,8 +1,8 @@
 """Random interleavings of all that a scheduler does, on vLLM's real `KVCacheManager`.
 
-After every action the real blocks are compared with `tests.kv_cache.model`: what every request
-holds and what it doesn't, in every group; that no block is held twice, lost, or free twice; that no
-request exceeds its bound. A memory beside the pool keeps who wrote what, so that a query that is
+After every action the real blocks are compared with `tests.plugin.kv_cache.model`: what every
+request holds and what it doesn't, in every group; that no block is held twice, lost, or free twice;
+that no request exceeds its bound. A memory beside the pool keeps who wrote what, so that a query that is
 shown another request's token is noticed.
 
 ``LMINF_TEST_ACTIONS`` is how many actions are tried; the default is for every day.
@@ -36,8 +36,8 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
-from tests.kv_cache.model import Layers, Running
-from tests.kv_cache.simulation import make_spec
+from tests.plugin.kv_cache.model import Layers, Running
+from tests.plugin.kv_cache.simulation import make_spec
 
 DEFAULT_ACTIONS = 20_000
 ACTIONS = int(os.environ.get("LMINF_TEST_ACTIONS", DEFAULT_ACTIONS))

@@ -18,16 +18,16 @@ SELECTION = "apart or slots or queries or rotation or rules or threads or (decod
 
 
 def run_tests(flags: str, cache: Path, selection: str = SELECTION, **environ: str) -> None:
-    command = [sys.executable, "-m", "tests.kernels.with_flags", flags]
+    command = [sys.executable, "-m", "tests.kernels.cpu.with_flags", flags]
     environ = {"XDG_CACHE_HOME": str(cache), **environ}
     assert " passed" in run_selection(command, selection, os.environ | environ)
 
 
 def run_selection(command: list[str], selection: str, environ: dict[str, str]) -> str:
     result = subprocess.run(
-        [*command, str(HERE / "test_cpu.py"), "-k", selection],
+        [*command, str(HERE / "test_kernel.py"), "-k", selection],
         env=environ,
-        cwd=HERE.parents[1],
+        cwd=HERE.parents[2],
         capture_output=True,
         text=True,
         timeout=1200,
@@ -124,7 +124,14 @@ def test_arm(compiler: str, cpu: str, selection: str, tmp_path: Path) -> None:
     """On an emulated CPU with dot products of bfloat16, and on one without."""
     skip_without(shlex.split(compiler)[0], "aarch64-linux-gnu-g++", "qemu-aarch64")
     emulator = f"qemu-aarch64 -cpu {cpu} -L /usr/aarch64-linux-gnu"
-    command = [sys.executable, "-m", "tests.kernels.emulated", compiler, emulator, str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.kernels.cpu.emulated",
+        compiler,
+        emulator,
+        str(tmp_path),
+    ]
     result = run_selection(command, selection, os.environ | {"OMP_NUM_THREADS": "2"})
     assert " passed" in result
     code = subprocess.run(

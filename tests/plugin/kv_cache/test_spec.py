@@ -16,12 +16,12 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from tests.kv_cache.planning import (
+from tests.plugin.kv_cache.planning import (
     get_kv_cache_configs,
     get_kv_cache_groups,
     unify_hybrid_kv_cache_specs,
 )
-from tests.kv_cache.simulation import Simulation, make_spec
+from tests.plugin.kv_cache.simulation import Simulation, make_spec
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin.kv_cache import LambdaManager, LambdaSpec
 
