@@ -2,8 +2,8 @@
 
 After every action the real blocks are compared with `tests.plugin.kv_cache.model`: what every
 request holds and what it doesn't, in every group; that no block is held twice, lost, or free twice;
-that no request exceeds its bound. A memory beside the pool keeps who wrote what, so that a query that is
-shown another request's token is noticed.
+that no request exceeds its bound. A memory beside the pool keeps who wrote what, so that a query
+that is shown another request's token is noticed.
 
 ``LMINF_TEST_ACTIONS`` is how many actions are tried; the default is for every day.
 """
