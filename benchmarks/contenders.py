@@ -1,0 +1,357 @@
+"""Who takes part in `benchmarks.kernels`: LMINF's kernels, and what else runs on the device.
+
+Each is a function from a run's data to the kernel on a batch. One whose library isn't there, or
+that doesn't take what it is given, is absent, with the reason.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from benchmarks.sequences import Batch, Sequences
+from vllm_lminf.kernels import flash, paged, xformers
+from vllm_lminf.kernels.cpu import CpuBatch, CpuLayer
+from vllm_lminf.kernels.interface import (
+    DeviceBatch,
+    Heads,
+    PagedCache,
+    Rotation,
+    ScoreRules,
+    Situation,
+)
+from vllm_lminf.kernels.triton import layer as triton
+from vllm_lminf.pattern import LambdaPattern
+
+VLLM_WINDOW = "vLLM, same window"
+VLLM_FULL = "vLLM, full attention"
+FLASH_WINDOW = "FlashAttention, same window"
+FLEX_WINDOW = "FlexAttention, same window"
+TORCH_FULL = "PyTorch, full attention"
+OTHERS_OWN = (VLLM_WINDOW, VLLM_FULL, FLASH_WINDOW, FLEX_WINDOW, TORCH_FULL)
+"""Contenders that are others' work alone."""
+
+
+def lminf(n_global: int) -> str:
+    """The name of LMINF's best kernel with so many global tokens."""
+    return f"LMINF, n_global {n_global}"
+
+
+class AbsentError(Exception):
+    """A contender can't take part; the text says why."""
+
+
+@dataclass
+class Contender:
+    """A kernel on a batch.
+
+    Attributes:
+        pattern: what it computes, in the oracle's terms.
+        run: computes, and returns the output [rows, num_heads, head_size] in whatever shape.
+    """
+
+    pattern: LambdaPattern
+    run: Callable[[], torch.Tensor]
+
+
+Make = Callable[[Batch], Contender]
+
+
+class CpuContenders:
+    """LMINF's compiled kernel beside vLLM's own for CPUs; each keeps its order within a block."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        import vllm._custom_ops as ops
+        from vllm.platforms import current_platform
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        current_platform.import_kernels()
+        setting, shape = sequences.setting, sequences.shape
+        self._ops, self._sequences = ops, sequences
+        self._layer = CpuLayer(
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_size,
+            setting.dtype,
+            ScoreRules(sequences.scale),
+        )
+        self._isa = _get_attn_isa(setting.dtype, setting.block_size, shape.head_size, "auto")
+        self._cache, self._vllm_cache = sequences.new_cache(), sequences.new_cache(0.0)
+        sequences.fill(lambda k, v, slots: self._layer.write_cache(k, v, self._cache, slots))
+        sequences.fill(self._write_vllm)
+
+    def makers(self) -> Iterator[tuple[str, Make]]:
+        """Every contender, by name."""
+        yield VLLM_WINDOW, partial(self._vllm, window=self._sequences.setting.window)
+        for n_global in self._sequences.setting.n_globals:
+            yield lminf(n_global), partial(self._lminf, n_global=n_global)
+        yield VLLM_FULL, partial(self._vllm, window=None)
+
+    def _vllm_halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks, num_kv_heads, block_size, double = self._vllm_cache.shape
+        joined = self._vllm_cache.view(blocks, num_kv_heads, 2 * block_size, double // 2)
+        key, value = joined.chunk(2, dim=2)
+        return key, value
+
+    def _write_vllm(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        self._ops.cpu_attn_reshape_and_cache(
+            *(key, value, *self._vllm_halves(), slots, self._isa),
+            k_scale=1.0,
+            v_scale=1.0,
+            kv_cache_dtype="auto",
+        )
+
+    def _lminf(self, batch: Batch, n_global: int) -> Contender:
+        window, far = self._sequences.setting.window, None
+        pattern = LambdaPattern(n_global, window, window)
+        if n_global > 0:
+            far = paged.far_rotations(self._sequences.tables, True, batch.positions, pattern)
+        of_step = CpuBatch(batch.query_start_loc, batch.seq_lens, batch.block_table, pattern, far)
+        output = torch.full_like(batch.query, torch.nan)
+
+        def run() -> torch.Tensor:
+            self._layer.lambda_attention(batch.query, self._cache, of_step, output)
+            return output
+
+        return Contender(pattern, run)
+
+    def _vllm(self, batch: Batch, window: int | None) -> Contender:
+        """vLLM's kernel, given what a step computes once for all layers; None is full attention."""
+        sequences, shape = self._sequences, self._sequences.shape
+        if window is None and len(batch.requests) > 1 and batch.max_query_len > 1:
+            raise AbsentError("mixed batches are compared at the same window")
+        span = sequences.length if window is None else window
+        sliding_window = -1 if window is None else window
+        metadata = self._ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(batch.requests),
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_size,
+            seq_lens=batch.seq_lens,
+            dtype=sequences.setting.dtype,
+            query_start_loc=batch.query_start_loc,
+            causal=True,
+            sliding_window_size=sliding_window,
+            isa=self._isa,
+            enable_kv_split=True,
+            dynamic_causal=None,
+            kv_cache_dtype="auto",
+        )
+        key_cache, value_cache = self._vllm_halves()
+        output = torch.full_like(batch.query, torch.nan)
+
+        def run() -> torch.Tensor:
+            self._ops.cpu_attention_with_kv_cache(
+                query=batch.query,
+                key_cache=key_cache,
+                value_cache=value_cache,
+                output=output,
+                query_start_loc=batch.query_start_loc,
+                seq_lens=batch.seq_lens,
+                scale=sequences.scale,
+                causal=True,
+                alibi_slopes=None,
+                sliding_window=sliding_window,
+                block_table=batch.block_table,
+                softcap=0,
+                scheduler_metadata=metadata,
+                s_aux=None,
+                dynamic_causal=None,
+                k_scale=1.0,
+                v_scale=1.0,
+                kv_cache_dtype="auto",
+            )
+            return output
+
+        return Contender(LambdaPattern(0, span, span), run)
+
+
+class GpuContenders:
+    """LMINF's kernels for GPUs beside others'. All that could read a cache of vLLM's read one."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        self._sequences, setting, shape = sequences, sequences.setting, sequences.shape
+        self._heads = Heads(shape.num_heads, shape.num_kv_heads, shape.head_size, setting.dtype)
+        self._workspace = triton.Workspace(self._heads, setting.device)
+        # A block's tokens lie before its heads in memory, as in vLLM's caches for GPUs.
+        blank = sequences.new_cache().transpose(1, 2).contiguous().transpose(1, 2)
+        self._cache = PagedCache(*paged.split_cache(blank))
+        pattern = LambdaPattern(0, setting.window, setting.window)
+        writer = self._layer(triton, triton.TritonLayer, pattern, workspace=self._workspace)
+        sequences.fill(lambda k, v, slots: writer.write_cache(k, v, self._cache, slots))
+
+    def makers(self) -> Iterator[tuple[str, Make]]:
+        """Every contender, by name."""
+        n_globals = self._sequences.setting.n_globals
+        shown = {"n_global": n_globals[1], "workspace": self._workspace}
+        for n_global in n_globals:
+            how = {"n_global": n_global, "workspace": self._workspace}
+            yield lminf(n_global), partial(self._lminf, triton, triton.TritonLayer, **how)
+        yield (
+            f"{lminf(n_globals[1])}, xformers",
+            partial(self._lminf, xformers, xformers.XformersLayer, n_global=n_globals[1]),
+        )
+        yield f"{lminf(n_globals[1])}, flash", partial(self._flash, **shown)
+        yield FLASH_WINDOW, self._windowed
+        if self._sequences.is_complete:
+            yield FLEX_WINDOW, self._flex
+            yield TORCH_FULL, self._full
+
+    def _layer(
+        self, module: Any, make: Callable[..., Any], pattern: LambdaPattern, **options: Any
+    ) -> Any:
+        sequences, setting = self._sequences, self._sequences.setting
+        capability = None
+        if setting.device.type == "cuda" and torch.version.hip is None:
+            capability = torch.cuda.get_device_capability()
+        situation = Situation(
+            device_type=setting.device.type,
+            capability=capability,
+            heads=self._heads,
+            pattern=pattern,
+            cache_dtype=setting.dtype,
+            block_size=setting.block_size,
+            has_rotation=True,
+        )
+        if reasons := module.reasons_against(situation):
+            raise AbsentError("; ".join(reasons))
+        rotation = Rotation(sequences.tables, sequences.rotary.is_neox_style)
+        return make(self._heads, pattern, ScoreRules(sequences.scale), rotation, **options)
+
+    def _lminf(
+        self, module: Any, make: Callable[..., Any], batch: Batch, *, n_global: int, **options: Any
+    ) -> Contender:
+        window = self._sequences.setting.window
+        pattern = LambdaPattern(n_global, window, window)
+        layer = self._layer(module, make, pattern, **options)
+        told = DeviceBatch(
+            batch.query_start_loc,
+            batch.seq_lens,
+            batch.block_table,
+            batch.max_query_len,
+            batch.query_start_loc_cpu,
+            batch.seq_lens_cpu,
+        )
+        output = torch.full_like(batch.query, torch.nan)
+
+        def run() -> torch.Tensor:
+            layer.lambda_attention(batch.query, self._cache, told, output)
+            return output
+
+        return Contender(pattern, run)
+
+    def _flash(self, batch: Batch, **options: Any) -> Contender:
+        attend = vllm_flash_attention()
+        return self._lminf(flash, partial(flash.FlashLayer, attend=attend), batch, **options)
+
+    def _windowed(self, batch: Batch) -> Contender:
+        """FlashAttention's own window over the paged cache, as vLLM ships it."""
+        attend = vllm_flash_attention()
+        setting, output = self._sequences.setting, torch.full_like(batch.query, torch.nan)
+        key, value = (half.transpose(1, 2) for half in (self._cache.key, self._cache.value))
+
+        def run() -> torch.Tensor:
+            attend(
+                batch.query,
+                key,
+                value,
+                max_seqlen_q=batch.max_query_len,
+                cu_seqlens_q=batch.query_start_loc,
+                max_seqlen_k=self._sequences.length,
+                seqused_k=batch.seq_lens,
+                block_table=batch.block_table,
+                softmax_scale=self._sequences.scale,
+                causal=True,
+                window_size=(setting.window - 1, 0),
+                out=output,
+            )
+            return output
+
+        return Contender(LambdaPattern(0, setting.window, setting.window), run)
+
+    def _rows(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values copied together, as PyTorch takes them: [requests, heads,
+        tokens, head_size]."""
+
+        def copied(half: torch.Tensor) -> torch.Tensor:
+            tokens = half[batch.block_table.long()].transpose(2, 3).flatten(1, 2)
+            return tokens[:, : self._sequences.length]
+
+        query = batch.query.view(len(batch.requests), batch.max_query_len, *batch.query.shape[1:])
+        rows = query, copied(self._cache.key), copied(self._cache.value)
+        query, key, value = (x.transpose(1, 2).contiguous() for x in rows)
+        return query, key, value
+
+    def _flex(self, batch: Batch) -> Contender:
+        """FlexAttention, whose block mask skips what no window sees; keys aren't paged."""
+        attention = importlib.import_module("torch.nn.attention.flex_attention")
+        sequences, window = self._sequences, self._sequences.setting.window
+        offset, device = sequences.length - batch.max_query_len, sequences.setting.device
+
+        def is_seen(request: Any, head: Any, row: Any, column: Any) -> Any:
+            distance = row + offset - column
+            return (distance >= 0) & (distance < window)
+
+        mask = attention.create_block_mask(
+            is_seen, None, None, batch.max_query_len, sequences.length, device=device
+        )
+        attend = attention.flex_attention
+        if device.type == "cuda":
+            # Compiled afresh for every batch: past some number of shapes it would not be at all.
+            torch.compiler.reset()
+            attend = torch.compile(attend, dynamic=False)
+        query, key, value = self._rows(batch)
+
+        def run() -> torch.Tensor:
+            result: torch.Tensor = attend(
+                query, key, value, block_mask=mask, scale=sequences.scale, enable_gqa=True
+            )
+            return result.transpose(1, 2)
+
+        return Contender(LambdaPattern(0, window, window), run)
+
+    def _full(self, batch: Batch) -> Contender:
+        """PyTorch's own attention over all keys, which aren't paged."""
+        bias = importlib.import_module("torch.nn.attention.bias")
+        length = self._sequences.length
+        query, key, value = self._rows(batch)
+        mask = None
+        if batch.max_query_len > 1:
+            mask = bias.causal_lower_right(batch.max_query_len, length)
+
+        def run() -> torch.Tensor:
+            result = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=self._sequences.scale, enable_gqa=True
+            )
+            return result.transpose(1, 2)
+
+        return Contender(LambdaPattern(0, length, length), run)
+
+
+@cache
+def vllm_flash_attention() -> flash.Attend:
+    """FlashAttention as vLLM ships it, in the newest version for the device.
+
+    Raises:
+        AbsentError: it isn't there, or has none for the device.
+    """
+    package = "vllm.vllm_flash_attn"
+    if find_spec("vllm") is None:
+        raise AbsentError("vLLM isn't installed, which ships it")
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise AbsentError(f"the installed vLLM has none: {error}") from error
+    interface = importlib.import_module(f"{package}.flash_attn_interface")
+    reasons = []
+    for version in (3, 4, 2):
+        reason = interface.fa_version_unsupported_reason(version)
+        if reason is None:
+            attend: flash.Attend = partial(interface.flash_attn_varlen_func, fa_version=version)
+            return attend
+        reasons.append(reason)
+    raise AbsentError("; ".join(reasons))
