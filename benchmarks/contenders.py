@@ -1,7 +1,7 @@
 """Who takes part in `benchmarks.kernels`: LMINF's kernels, and what else runs on the device.
 
-Each is a function from a run's data to the kernel on a batch. One whose library isn't there, or
-that doesn't take what it is given, is absent, with the reason.
+A contender is made for a batch by a function that is known by name. One whose library isn't there,
+or that doesn't take what it is given, is absent, with the reason.
 """
 
 import importlib
@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.sequences import Batch, Sequences
-from vllm_lminf.kernels import flash, paged, xformers
-from vllm_lminf.kernels.cpu import CpuBatch, CpuLayer
-from vllm_lminf.kernels.interface import (
+from benchmarks.sequences import N_GLOBALS, SHOWN_N_GLOBAL, Batch, Sequences
+from vllm_lminf.kernels import flash, reference, xformers
+from vllm_lminf.kernels.base import (
     DeviceBatch,
     Heads,
     PagedCache,
@@ -24,9 +23,19 @@ from vllm_lminf.kernels.interface import (
     ScoreRules,
     Situation,
 )
+from vllm_lminf.kernels.cpu.kernel import CpuBatch, CpuLayer
 from vllm_lminf.kernels.triton import layer as triton
 from vllm_lminf.pattern import LambdaPattern
 
+
+def lminf(n_global: int) -> str:
+    """The name of LMINF's own kernel for the device with so many global tokens."""
+    return f"LMINF, n_global {n_global}"
+
+
+SHOWN = lminf(SHOWN_N_GLOBAL)
+LMINF_XFORMERS = "LMINF through xformers"
+LMINF_FLASH = "LMINF through FlashAttention"
 VLLM_WINDOW = "vLLM, same window"
 VLLM_FULL = "vLLM, full attention"
 FLASH_WINDOW = "FlashAttention, same window"
@@ -34,11 +43,6 @@ FLEX_WINDOW = "FlexAttention, same window"
 TORCH_FULL = "PyTorch, full attention"
 OTHERS_OWN = (VLLM_WINDOW, VLLM_FULL, FLASH_WINDOW, FLEX_WINDOW, TORCH_FULL)
 """Contenders that are others' work alone."""
-
-
-def lminf(n_global: int) -> str:
-    """The name of LMINF's best kernel with so many global tokens."""
-    return f"LMINF, n_global {n_global}"
 
 
 class AbsentError(Exception):
@@ -62,7 +66,10 @@ Make = Callable[[Batch], Contender]
 
 
 class CpuContenders:
-    """LMINF's compiled kernel beside vLLM's own for CPUs; each keeps its order within a block."""
+    """LMINF's compiled kernel beside vLLM's own for CPUs; each keeps its order within a block.
+
+    Both are given what a step computes once for all layers; that isn't timed.
+    """
 
     def __init__(self, sequences: Sequences) -> None:
         import vllm._custom_ops as ops
@@ -79,15 +86,17 @@ class CpuContenders:
             setting.dtype,
             ScoreRules(sequences.scale),
         )
-        self._isa = _get_attn_isa(setting.dtype, setting.block_size, shape.head_size, "auto")
-        self._cache, self._vllm_cache = sequences.new_cache(), sequences.new_cache(0.0)
+        self.isa: str = _get_attn_isa(setting.dtype, setting.block_size, shape.head_size, "auto")
+        size = (sequences.num_blocks, shape.num_kv_heads, setting.block_size, 2 * shape.head_size)
+        self._cache = torch.full(size, torch.nan, dtype=setting.dtype)
+        self._vllm_cache = torch.zeros(size, dtype=setting.dtype)
         sequences.fill(lambda k, v, slots: self._layer.write_cache(k, v, self._cache, slots))
         sequences.fill(self._write_vllm)
 
     def makers(self) -> Iterator[tuple[str, Make]]:
         """Every contender, by name."""
         yield VLLM_WINDOW, partial(self._vllm, window=self._sequences.setting.window)
-        for n_global in self._sequences.setting.n_globals:
+        for n_global in N_GLOBALS:
             yield lminf(n_global), partial(self._lminf, n_global=n_global)
         yield VLLM_FULL, partial(self._vllm, window=None)
 
@@ -99,7 +108,7 @@ class CpuContenders:
 
     def _write_vllm(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         self._ops.cpu_attn_reshape_and_cache(
-            *(key, value, *self._vllm_halves(), slots, self._isa),
+            *(key, value, *self._vllm_halves(), slots, self.isa),
             k_scale=1.0,
             v_scale=1.0,
             kv_cache_dtype="auto",
@@ -109,7 +118,7 @@ class CpuContenders:
         window, far = self._sequences.setting.window, None
         pattern = LambdaPattern(n_global, window, window)
         if n_global > 0:
-            far = paged.far_rotations(self._sequences.tables, True, batch.positions, pattern)
+            far = reference.far_rotations(self._sequences.tables, True, batch.positions, pattern)
         of_step = CpuBatch(batch.query_start_loc, batch.seq_lens, batch.block_table, pattern, far)
         output = torch.full_like(batch.query, torch.nan)
 
@@ -120,10 +129,8 @@ class CpuContenders:
         return Contender(pattern, run)
 
     def _vllm(self, batch: Batch, window: int | None) -> Contender:
-        """vLLM's kernel, given what a step computes once for all layers; None is full attention."""
+        """vLLM's kernel; None is full attention."""
         sequences, shape = self._sequences, self._sequences.shape
-        if window is None and len(batch.requests) > 1 and batch.max_query_len > 1:
-            raise AbsentError("mixed batches are compared at the same window")
         span = sequences.length if window is None else window
         sliding_window = -1 if window is None else window
         metadata = self._ops.cpu_attn_get_scheduler_metadata(
@@ -136,7 +143,7 @@ class CpuContenders:
             query_start_loc=batch.query_start_loc,
             causal=True,
             sliding_window_size=sliding_window,
-            isa=self._isa,
+            isa=self.isa,
             enable_kv_split=True,
             dynamic_causal=None,
             kv_cache_dtype="auto",
@@ -171,41 +178,54 @@ class CpuContenders:
 
 
 class GpuContenders:
-    """LMINF's kernels for GPUs beside others'. All that could read a cache of vLLM's read one."""
+    """LMINF's kernels for GPUs beside others'; PyTorch and Triton are all that they need."""
 
     def __init__(self, sequences: Sequences) -> None:
         self._sequences, setting, shape = sequences, sequences.setting, sequences.shape
+        self._window = LambdaPattern(0, setting.window, setting.window)
         self._heads = Heads(shape.num_heads, shape.num_kv_heads, shape.head_size, setting.dtype)
         self._workspace = triton.Workspace(self._heads, setting.device)
         # A block's tokens lie before its heads in memory, as in vLLM's caches for GPUs.
-        blank = sequences.new_cache().transpose(1, 2).contiguous().transpose(1, 2)
-        self._cache = PagedCache(*paged.split_cache(blank))
-        pattern = LambdaPattern(0, setting.window, setting.window)
-        writer = self._layer(triton, triton.TritonLayer, pattern, workspace=self._workspace)
+        size = (sequences.num_blocks, setting.block_size, shape.num_kv_heads, shape.head_size)
+        key, value = (
+            torch.full(size, torch.nan, dtype=setting.dtype, device=setting.device) for _ in "kv"
+        )
+        self._cache = PagedCache(key.transpose(1, 2), value.transpose(1, 2))
+        writer = self._triton(self._window)
         sequences.fill(lambda k, v, slots: writer.write_cache(k, v, self._cache, slots))
 
     def makers(self) -> Iterator[tuple[str, Make]]:
         """Every contender, by name."""
-        n_globals = self._sequences.setting.n_globals
-        shown = {"n_global": n_globals[1], "workspace": self._workspace}
-        for n_global in n_globals:
-            how = {"n_global": n_global, "workspace": self._workspace}
-            yield lminf(n_global), partial(self._lminf, triton, triton.TritonLayer, **how)
-        yield (
-            f"{lminf(n_globals[1])}, xformers",
-            partial(self._lminf, xformers, xformers.XformersLayer, n_global=n_globals[1]),
-        )
-        yield f"{lminf(n_globals[1])}, flash", partial(self._flash, **shown)
-        yield FLASH_WINDOW, self._windowed
+        for n_global in N_GLOBALS:
+            yield lminf(n_global), partial(self._lminf, make=self._triton, n_global=n_global)
+        yield LMINF_XFORMERS, partial(self._lminf, make=self._xformers)
+        yield LMINF_FLASH, partial(self._lminf, make=self._flash)
+        yield FLASH_WINDOW, self._flash_window
         if self._sequences.is_complete:
-            yield FLEX_WINDOW, self._flex
-            yield TORCH_FULL, self._full
+            yield FLEX_WINDOW, self._flex_window
+            yield TORCH_FULL, self._torch_full
 
-    def _layer(
-        self, module: Any, make: Callable[..., Any], pattern: LambdaPattern, **options: Any
-    ) -> Any:
-        sequences, setting = self._sequences, self._sequences.setting
-        capability = None
+    def _triton(self, pattern: LambdaPattern) -> triton.TritonLayer:
+        told = self._told(triton, pattern)
+        return triton.TritonLayer(*told, workspace=self._workspace)
+
+    def _xformers(self, pattern: LambdaPattern) -> xformers.XformersLayer:
+        return xformers.XformersLayer(*self._told(xformers, pattern))
+
+    def _flash(self, pattern: LambdaPattern) -> flash.FlashLayer:
+        attend = vllm_flash_attention()
+        told = self._told(flash, pattern)
+        return flash.FlashLayer(*told, workspace=self._workspace, attend=attend)
+
+    def _told(
+        self, kernel: Any, pattern: LambdaPattern
+    ) -> tuple[Heads, LambdaPattern, ScoreRules, Rotation]:
+        """What a kernel's module makes a layer from.
+
+        Raises:
+            AbsentError: it has reasons against it.
+        """
+        sequences, setting, capability = self._sequences, self._sequences.setting, None
         if setting.device.type == "cuda" and torch.version.hip is None:
             capability = torch.cuda.get_device_capability()
         situation = Situation(
@@ -217,18 +237,13 @@ class GpuContenders:
             block_size=setting.block_size,
             has_rotation=True,
         )
-        if reasons := module.reasons_against(situation):
+        if reasons := kernel.reasons_against(situation):
             raise AbsentError("; ".join(reasons))
         rotation = Rotation(sequences.tables, sequences.rotary.is_neox_style)
-        return make(self._heads, pattern, ScoreRules(sequences.scale), rotation, **options)
+        return self._heads, pattern, ScoreRules(sequences.scale), rotation
 
-    def _lminf(
-        self, module: Any, make: Callable[..., Any], batch: Batch, *, n_global: int, **options: Any
-    ) -> Contender:
-        window = self._sequences.setting.window
-        pattern = LambdaPattern(n_global, window, window)
-        layer = self._layer(module, make, pattern, **options)
-        told = DeviceBatch(
+    def _described(self, batch: Batch) -> DeviceBatch:
+        return DeviceBatch(
             batch.query_start_loc,
             batch.seq_lens,
             batch.block_table,
@@ -236,23 +251,45 @@ class GpuContenders:
             batch.query_start_loc_cpu,
             batch.seq_lens_cpu,
         )
+
+    def _lminf(
+        self,
+        batch: Batch,
+        make: Callable[[LambdaPattern], Any],
+        n_global: int = SHOWN_N_GLOBAL,
+    ) -> Contender:
+        window = self._sequences.setting.window
+        pattern = LambdaPattern(n_global, window, window)
+        layer, described = make(pattern), self._described(batch)
         output = torch.full_like(batch.query, torch.nan)
 
         def run() -> torch.Tensor:
-            layer.lambda_attention(batch.query, self._cache, told, output)
+            layer.lambda_attention(batch.query, self._cache, described, output)
             return output
 
         return Contender(pattern, run)
 
-    def _flash(self, batch: Batch, **options: Any) -> Contender:
-        attend = vllm_flash_attention()
-        return self._lminf(flash, partial(flash.FlashLayer, attend=attend), batch, **options)
-
-    def _windowed(self, batch: Batch) -> Contender:
-        """FlashAttention's own window over the paged cache, as vLLM ships it."""
-        attend = vllm_flash_attention()
-        setting, output = self._sequences.setting, torch.full_like(batch.query, torch.nan)
+    def _flash_window(self, batch: Batch) -> Contender:
+        """FlashAttention's own window: vLLM's over the cache, or that of the package flash-attn."""
+        shared = {
+            "softmax_scale": self._sequences.scale,
+            "causal": True,
+            "window_size": (self._window.n_local - 1, 0),
+        }
+        try:
+            attend = vllm_flash_attention()
+        except AbsentError as absent:
+            if find_spec("flash_attn") is None:
+                raise AbsentError(f"{absent}; flash-attn isn't installed either") from absent
+            if not self._sequences.is_complete:
+                raise AbsentError(f"{absent}; flash-attn takes no such pages") from absent
+            contiguous = importlib.import_module("flash_attn").flash_attn_func
+            rows = [x.transpose(1, 2) for x in self._rows(batch)]
+            return Contender(self._window, lambda: contiguous(*rows, **shared))
+        output = torch.full_like(batch.query, torch.nan)
         key, value = (half.transpose(1, 2) for half in (self._cache.key, self._cache.value))
+        # Without the entries of freed blocks, which hold NaN: its tiles reach behind the window.
+        cut = flash.WindowTable.of(self._described(batch), self._window.n_local, key.shape[1])
 
         def run() -> torch.Tensor:
             attend(
@@ -261,17 +298,15 @@ class GpuContenders:
                 value,
                 max_seqlen_q=batch.max_query_len,
                 cu_seqlens_q=batch.query_start_loc,
-                max_seqlen_k=self._sequences.length,
-                seqused_k=batch.seq_lens,
-                block_table=batch.block_table,
-                softmax_scale=self._sequences.scale,
-                causal=True,
-                window_size=(setting.window - 1, 0),
+                max_seqlen_k=cut.longest,
+                seqused_k=cut.seq_lens,
+                block_table=cut.block_table,
                 out=output,
+                **shared,
             )
             return output
 
-        return Contender(LambdaPattern(0, setting.window, setting.window), run)
+        return Contender(self._window, run)
 
     def _rows(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values copied together, as PyTorch takes them: [requests, heads,
@@ -286,10 +321,10 @@ class GpuContenders:
         query, key, value = (x.transpose(1, 2).contiguous() for x in rows)
         return query, key, value
 
-    def _flex(self, batch: Batch) -> Contender:
+    def _flex_window(self, batch: Batch) -> Contender:
         """FlexAttention, whose block mask skips what no window sees; keys aren't paged."""
         attention = importlib.import_module("torch.nn.attention.flex_attention")
-        sequences, window = self._sequences, self._sequences.setting.window
+        sequences, window = self._sequences, self._window.n_local
         offset, device = sequences.length - batch.max_query_len, sequences.setting.device
 
         def is_seen(request: Any, head: Any, row: Any, column: Any) -> Any:
@@ -312,14 +347,13 @@ class GpuContenders:
             )
             return result.transpose(1, 2)
 
-        return Contender(LambdaPattern(0, window, window), run)
+        return Contender(self._window, run)
 
-    def _full(self, batch: Batch) -> Contender:
+    def _torch_full(self, batch: Batch) -> Contender:
         """PyTorch's own attention over all keys, which aren't paged."""
         bias = importlib.import_module("torch.nn.attention.bias")
-        length = self._sequences.length
+        length, mask = self._sequences.length, None
         query, key, value = self._rows(batch)
-        mask = None
         if batch.max_query_len > 1:
             mask = bias.causal_lower_right(batch.max_query_len, length)
 

@@ -1,7 +1,6 @@
-"""The data that contenders share: requests in paged caches, one step's batch of them, its oracle.
+"""The data that contenders share: requests in a paged cache, a batch of them, what the oracle says.
 
-Keys and queries are drawn as rotated ones, so that nobody has to rotate them; for the oracle they
-are turned back.
+Keys and queries are drawn as rotated ones; for the oracle, which rotates, they are turned back.
 """
 
 from collections.abc import Callable
@@ -9,18 +8,23 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_lminf.kernels import reference
+from vllm_lminf.kernels import oracle
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotarySpec, RotationTables, rotate
 
 ROPE_THETA = 10000.0
 ORACLE_SAMPLES = 8
 _DRAWN_TOKENS = 16384
-"""Keys and values that are drawn; sequences that are longer have them again and again."""
+"""Keys and values that are drawn; longer sequences repeat them."""
 
 TOLERANCES = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """How far an output may be from the oracle's, relative and in norm: about three times what rounding
 makes of it. One of 2048 keys that is left out moves the output by 0.02."""
+
+N_GLOBALS = (0, 10, 100)
+"""Numbers of global tokens that LMINF is timed with."""
+SHOWN_N_GLOBAL = 10
+"""The one that is shown where there is room for one."""
 
 Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Stores keys and values, each [tokens, num_kv_heads, head_size], in slots, int64 [tokens]."""
@@ -54,15 +58,12 @@ class Setting:
         dtype: of queries, cache and output.
         window: tokens that a query sees, its own included.
         block_size: tokens of a block of the cache.
-        n_globals: numbers of global tokens that LMINF is timed with; the second one is shown where
-            there is room for one.
     """
 
     device: torch.device
     dtype: torch.dtype
     window: int
     block_size: int
-    n_globals: tuple[int, ...] = (0, 10, 100)
 
     @property
     def tolerance(self) -> float:
@@ -72,23 +73,21 @@ class Setting:
 class Sequences:
     """Requests of one length under one block table.
 
-    Blocks that neither a prefix nor a window of the last ``reach`` queries needs aren't there, as
-    in an engine that has freed them: their entries name block 0, in which nothing is ever written.
-
     Args:
         setting: the run's.
         shape: of the layer.
         count: how many requests.
         length: tokens of each.
-        reach: most queries of a request in one step; None where all blocks are to be there, since
-            full attention takes part.
+        is_complete: whether all blocks are there, as full attention needs them. If not, those that
+            neither the prefix nor the last query's window needs are freed, as an engine would have
+            done: their entries name block 0, in which nothing is ever written.
     """
 
     def __init__(
-        self, setting: Setting, shape: Shape, count: int, length: int, reach: int | None
+        self, setting: Setting, shape: Shape, count: int, length: int, is_complete: bool = True
     ) -> None:
         self.setting, self.shape, self.count, self.length = setting, shape, count, length
-        self.is_complete = reach is None
+        self.is_complete = is_complete
         device, block_size = setting.device, setting.block_size
         inv_freq = ROPE_THETA ** -(
             torch.arange(0, shape.head_size, 2, dtype=torch.float64) / shape.head_size
@@ -100,8 +99,8 @@ class Sequences:
         self._key, self._value = (self.draw(_DRAWN_TOKENS, shape.num_kv_heads) for _ in "kv")
 
         num_blocks = cdiv(length, block_size)
-        first = 0 if reach is None else max(0, length - reach - setting.window + 1) // block_size
-        pinned = min(cdiv(max(setting.n_globals), block_size), first)
+        first = 0 if is_complete else max(0, length - setting.window) // block_size
+        pinned = min(cdiv(max(N_GLOBALS), block_size), first)
         kept = torch.cat((torch.arange(pinned), torch.arange(first, num_blocks))).to(device)
         self.num_blocks = 1 + count * len(kept)
         order = 1 + torch.randperm(self.num_blocks - 1, generator=self.generator, device=device)
@@ -124,22 +123,8 @@ class Sequences:
         drawn = (positions + 101 * request) % _DRAWN_TOKENS
         return self._key[drawn], self._value[drawn]
 
-    def new_cache(self, unwritten: float = torch.nan) -> torch.Tensor:
-        """A cache for all live blocks: [num_blocks, num_kv_heads, block_size, 2 * head_size].
-
-        Args:
-            unwritten: what is in it before it is filled; LMINF never looks there.
-        """
-        size = (self.num_blocks, self.shape.num_kv_heads, self.setting.block_size)
-        return torch.full(
-            (*size, 2 * self.shape.head_size),
-            unwritten,
-            dtype=self.setting.dtype,
-            device=self.setting.device,
-        )
-
     def fill(self, write: Write) -> None:
-        """Has a contender store every live key and value."""
+        """Has a contender store every key and value whose block is there."""
         positions, block_size = self.live_positions, self.setting.block_size
         for request in range(self.count):
             blocks = self.block_table[request, positions // block_size].long()
@@ -194,8 +179,8 @@ class Batch:
         """How far an output [rows, num_heads, head_size] is from the oracle's, relative and in
         norm, on queries and heads spread over both.
 
-        The oracle is given a query's prefix and window alone, one behind the other: the Λ scores by
-        distances, and none that counts changes by that.
+        The oracle is given a query's prefix and its window, one right behind the other: the prefix
+        stays out of the window's reach, at the distance limit, so no score changes.
         """
         sequences, shape = self.sequences, self.sequences.shape
         group, last = shape.num_heads // shape.num_kv_heads, len(self.query) - 1
@@ -213,7 +198,7 @@ class Batch:
             )
             query = self.query[row : row + 1, of_group]
             expected.append(
-                reference.lambda_attention(
+                oracle.lambda_attention(
                     sequences.raw(query, torch.tensor([position])),
                     sequences.raw(key[:, kv_head : kv_head + 1], seen),
                     value[:, kv_head : kv_head + 1].to("cpu", torch.float64),

