@@ -80,16 +80,18 @@ def time_in_turns(
 ) -> list[dict[str, Any]]:
     """Times calls of all contenders in turns, so that ratios hold on a machine that drifts.
 
-    A turn repeats its call until about ``turn_seconds`` have passed. Every round begins with
-    another contender, so that none always follows the same one.
+    A turn repeats its call until about ``turn_seconds`` have passed; with 0 it is one call, and
+    nothing is tried before. Every round begins with another contender, so that none always follows
+    the same one.
 
     Returns:
         A record for every contender and round: contender, round, seconds of a call.
     """
-    repeats = {
-        name: max(1, round(turn_seconds / min(clock(run, 1) for _ in range(TRIALS))))
-        for name, run in runs.items()
-    }
+    repeats = dict.fromkeys(runs, 1)
+    if turn_seconds > 0:
+        for name, run in runs.items():
+            fastest = min(clock(run, 1) for _ in range(TRIALS))
+            repeats[name] = max(1, round(turn_seconds / fastest))
     names, records = list(runs), []
     for number in range(rounds):
         first = number % len(names)

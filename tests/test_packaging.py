@@ -121,7 +121,7 @@ def test_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     for command in ([script], [python, "-m", "vllm_lminf"]):
         shown = call(*command, "--version")
         assert (shown.returncode, shown.stdout) == (0, f"vllm-lminf {__version__}\n"), shown.stderr
-    assert "bench" in call(script, "--help").stdout
+    assert "eval" in call(script, "--help").stdout
     doctor = call(script, "doctor")
     assert doctor.returncode == 1
     assert "PyTorch is not installed" in doctor.stderr

@@ -16,8 +16,6 @@ HEAVY = ("vllm", "torch", "transformers", "matplotlib", "rich", "numpy")
     ("command", "option"),
     [
         ("eval", "--distance-limit"),
-        ("bench kernel", "--small"),
-        ("bench engine", "--pool"),
         ("doctor", "--fix"),
     ],
 )

@@ -15,12 +15,10 @@ from types import ModuleType
 from vllm_lminf import __version__
 from vllm_lminf.cli import doctor as doctor_command
 from vllm_lminf.cli import eval as eval_command
-from vllm_lminf.cli.bench import command as bench_command
 from vllm_lminf.errors import CliError
 
 COMMANDS: dict[str, ModuleType] = {
     "eval": eval_command,
-    "bench": bench_command,
     "doctor": doctor_command,
 }
 

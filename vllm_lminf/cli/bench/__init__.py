@@ -1,1 +1,0 @@
-"""``vllm-lminf bench``: what Λ-attention costs beside vLLM's own attention."""
