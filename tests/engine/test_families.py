@@ -14,8 +14,8 @@ import torch
 
 from tests.engine.conftest import Engine
 from tests.engine.families import FAMILIES, REFUSED_FAMILIES, TRAINED_LENGTH, OracleModel
-from tools.families_table import MEASURED, REFUSED, SERVED, Row, read_page, save
 from tests.engine.test_exactness import TOLERANCE, engine_logprobs, random_prompts
+from tools.families_table import MEASURED, REFUSED, SERVED, Row, read_page, save
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.pattern import LambdaPattern
 
