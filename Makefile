@@ -6,6 +6,9 @@
 PIP_ARGS   ?=
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
+
+# Processes that test side by side; 1 for none beside the first.
+JOBS ?= 2
 MUTANT_ARGS ?=
 
 # The first of these that is Python 3.11 or newer.
@@ -72,11 +75,11 @@ test: venv model vllm-cuda  ## lint, check types and run every test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy vllm_lminf
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadscope $(PYTEST_ARGS)
 
-families: venv  ## test every model family, and write what was measured into the README's table
-	$(BIN)/pytest tests/engine/test_families.py -k "not readme" $(PYTEST_ARGS)
-	$(BIN)/python -m tests.engine.families_table
+families: venv  ## test every model family, and write what was measured into docs/families.md
+	$(BIN)/pytest tests/engine/test_families.py -k "not page" $(PYTEST_ARGS)
+	$(BIN)/python -m tools.families_table
 
 # MUTANT_ARGS="--file attention.py --every 10" tests some of them; all take hours.
 mutants: venv  ## change the Triton kernels one place at a time, and list what no test notices

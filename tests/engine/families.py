@@ -18,7 +18,7 @@ from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
 from transformers.models.gptj import modeling_gptj
 
-from tests.engine.families_table import REFUSED
+from tools.families_table import REFUSED
 from vllm_lminf.kernels.oracle import lambda_attention
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotarySpec
@@ -535,7 +535,7 @@ class RefusedFamily:
         config_class: Hugging Face's configuration class, by name.
         settings: what that class is given.
         message: what the refusal says; a regular expression.
-        status: what the README's table says of it.
+        status: what docs/families.md says of it.
         max_model_len: the engine's.
     """
 

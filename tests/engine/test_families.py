@@ -14,8 +14,8 @@ import torch
 
 from tests.engine.conftest import Engine
 from tests.engine.families import FAMILIES, REFUSED_FAMILIES, TRAINED_LENGTH, OracleModel
-from tests.engine.families_table import MEASURED, REFUSED, SERVED, Row, read_readme, save
 from tests.engine.test_exactness import TOLERANCE, engine_logprobs, random_prompts
+from tools.families_table import MEASURED, REFUSED, SERVED, Row, read_page, save
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.pattern import LambdaPattern
 
@@ -26,7 +26,7 @@ PATTERN = LambdaPattern(n_global=10, n_local=48, distance_limit=TRAINED_LENGTH)
 
 @pytest.fixture(scope="module")
 def measured() -> Iterator[dict[str, Row]]:
-    """Rows of the README's table, left by the tests that pass; saved if all of them did."""
+    """Rows of docs/families.md, left by the tests that pass; saved if all of them did."""
     MEASURED.unlink(missing_ok=True)
     rows: dict[str, Row] = {}
     yield rows
@@ -88,9 +88,9 @@ def test_refusal_names_layers_and_reason(
     measured[family] = Row(refused.title, model_type, refused.encoding, status=refused.status)
 
 
-def test_readme_has_what_was_measured(measured: dict[str, Row]) -> None:
+def test_page_has_what_was_measured(measured: dict[str, Row]) -> None:
     """The table is rewritten by `make families`; how far a family is off differs by machine."""
-    rows = {row.family: row for row in read_readme()}
+    rows = {row.family: row for row in read_page()}
     assert list(rows) == [f.title for f in (FAMILIES | REFUSED_FAMILIES).values()]
     for row in measured.values():
         assert rows[row.family].without_difference() == row.without_difference()

@@ -1,6 +1,6 @@
-"""The README's table of families, written from what the family tests measured.
+"""The table in docs/families.md, written from what the family tests measured.
 
-``make families`` runs the tests, each of which leaves a row, and puts the rows into the README.
+``make families`` runs the tests, each of which leaves a row, and puts the rows into the page.
 """
 
 import json
@@ -13,8 +13,8 @@ from vllm import LLM
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
-_ROOT = Path(__file__).parents[2]
-README = _ROOT / "README.md"
+_ROOT = Path(__file__).parents[1]
+PAGE = _ROOT / "docs" / "families.md"
 MEASURED = _ROOT / "build" / "families.json"
 
 _BEGIN = "<!-- families: written by `make families` -->"
@@ -104,25 +104,25 @@ def _encoding(llm: LLM) -> str:
 
 
 def save(rows: Iterable[Row]) -> None:
-    """Leaves the rows for `write_readme`."""
+    """Leaves the rows for `write_page`."""
     MEASURED.parent.mkdir(exist_ok=True)
     MEASURED.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
-def read_readme() -> list[Row]:
-    """The rows that the README has now."""
-    _, table, _ = _split(README.read_text())
+def read_page() -> list[Row]:
+    """The rows that the page has now."""
+    _, table, _ = _split(PAGE.read_text())
     cells = [line.strip("|").split("|") for line in table.strip().splitlines()[2:]]
     return [Row(*(cell.strip() for cell in line)) for line in cells]
 
 
-def write_readme() -> None:
-    """Puts the rows that were saved last into the README."""
+def write_page() -> None:
+    """Puts the rows that were saved last into the page."""
     rows = [Row(**row) for row in json.loads(MEASURED.read_text())]
     lines = [_HEAD, ("---",) * len(_HEAD), *(astuple(row) for row in rows)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    before, _, after = _split(README.read_text())
-    README.write_text(f"{before}\n\n{table}\n\n{after}")
+    before, _, after = _split(PAGE.read_text())
+    PAGE.write_text(f"{before}\n\n{table}\n\n{after}")
 
 
 def _split(text: str) -> tuple[str, str, str]:
@@ -130,11 +130,11 @@ def _split(text: str) -> tuple[str, str, str]:
     before, found, rest = text.partition(_BEGIN)
     table, found_end, after = rest.partition(_END)
     if not found or not found_end:
-        sys.exit(f"{README} has lost the marks between which the table of families stands")
+        sys.exit(f"{PAGE} has lost the marks between which the table of families stands")
     return before + _BEGIN, table, _END + after
 
 
 if __name__ == "__main__":
     if not MEASURED.is_file():
         sys.exit(f"{MEASURED} isn't there: not every family test left its row; run `make families`")
-    write_readme()
+    write_page()
