@@ -23,7 +23,7 @@ MODEL      := build/models/SmolLM2-135M-Instruct
 VLLM_CUDA  := build/vllm-cuda
 TEXT       := examples/data/alice.txt
 DEMO       := build/demo
-BENCH      := build/bench
+BENCH      := docs/benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -74,7 +74,7 @@ compilers:  ## install compilers and an emulator to test the CPU kernels with (r
 test: venv model vllm-cuda  ## lint, check types and run every test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy vllm_lminf
+	$(BIN)/mypy
 	$(BIN)/pytest -n $(JOBS) --dist loadscope $(PYTEST_ARGS)
 
 families: venv  ## test every model family, and write what was measured into docs/families.md
@@ -85,11 +85,10 @@ families: venv  ## test every model family, and write what was measured into doc
 mutants: venv  ## change the Triton kernels one place at a time, and list what no test notices
 	$(BIN)/python tools/mutants.py $(MUTANT_ARGS)
 
-bench: venv model  ## time LMINF beside vLLM's own attention, and write the README's tables of speed
-	$(BIN)/vllm-lminf bench kernel --output $(BENCH)/kernel
-	$(BIN)/vllm-lminf bench engine --model $(MODEL) --output $(BENCH)/engine
-	$(BIN)/vllm-lminf bench start --model $(MODEL) --output $(BENCH)/start
-	$(BIN)/python -m tests.cli.speed_tables
+bench: venv model  ## time LMINF beside vLLM's own attention, and write docs/benchmarks.md
+	$(BIN)/python -m benchmarks.kernels --output $(BENCH)/kernels-cpu.json
+	$(BIN)/python -m benchmarks.engines --model $(MODEL) --output $(BENCH)/engines-cpu.json
+	$(BIN)/python -m benchmarks.page
 
 # Eager, because vLLM compiles a model for CPUs anew at every start, which takes minutes on two
 # cores; SERVE_ARGS=--no-enforce-eager has it compiled. The cache holds about seven requests of any
@@ -102,7 +101,7 @@ serve: venv model  ## start an OpenAI-compatible server with LM-Infinite on port
 lint: venv  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy vllm_lminf
+	$(BIN)/mypy
 
 format: venv  ## put the code in the house format
 	$(BIN)/ruff check --fix
