@@ -336,11 +336,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--output", type=Path, default=Path("build/bench/engines.json"))
     parser.add_argument("--dtype", default="bfloat16", choices=tuple(AGREEMENT))
-    for name, default, what in (
+    for name, lengths, what in (
         ("lengths", "1024,4096,8192,16384,32768", "tokens, with commas between, for both engines"),
         ("lminf-lengths", "131072", "more of them, for LMINF alone; '' for none"),
     ):
-        parser.add_argument(f"--{name}", default=default, help=f"{what} ({default})")
+        parser.add_argument(f"--{name}", default=lengths, help=f"{what} ({lengths})")
     for name, default, what in (
         ("n-local", 2048, "tokens in the window"),
         ("n-global", 10, "first tokens that stay visible"),

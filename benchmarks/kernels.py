@@ -110,19 +110,14 @@ def cpu_cases(length: int, chunk: int, small: bool) -> list[Case]:
 
 def gpu_cases(length: int, small: bool) -> list[Case]:
     """A layer of a model of 8 billion parameters: decode steps, chunks, and long contexts."""
-    shape, batches, chunks = (
-        Shape(32, 8, 128),
-        (1, 2, 4, 8, 16, 32, 64, 128, 256),
-        (2048, 4096, 8192),
-    )
-    contexts, requests = (1, 4, 16, 128), 32
-    if small:
-        shape, batches, chunks = Shape(4, 2, 32), (1, 3), (20,)
-        contexts, requests = (1, 256), 2
+    shape = Shape(4, 2, 32) if small else Shape(32, 8, 128)
+    batches = [1, 3] if small else [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    chunks = [20] if small else [2048, 4096, 8192]
+    contexts = [1, 256] if small else [1, 4, 16, 128]
     return [
         *(Case("decode", shape, length, decodes=n) for n in batches),
         *(Case("prefill", shape, length + n, chunk=n) for n in chunks),
-        *(Case("context", shape, n * length, decodes=requests) for n in contexts),
+        *(Case("context", shape, n * length, decodes=2 if small else 32) for n in contexts),
     ]
 
 
@@ -197,8 +192,8 @@ def measure_case(
         try:
             contender = make(batch)
             output = _first_run(name, contender).reshape(batch.query.shape)
-        except AbsentError as error:
-            measured.absent.append({**case.keys, "contender": name, "reason": str(error)})
+        except AbsentError as absent:
+            measured.absent.append({**case.keys, "contender": name, "reason": str(absent)})
             continue
         error = batch.error(output, contender.pattern)
         check(f"{', '.join(map(str, case.keys.values()))}: {name}", error, tolerance)
@@ -398,44 +393,44 @@ def draw(data: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
+    ("cpu", False): {"window": 2048, "length": 32768, "chunk": 2048, "rounds": 15},
+    ("cpu", True): {"window": 200, "length": 700, "chunk": 130, "rounds": 2},
+    ("cuda", False): {"window": 4096, "length": 8192, "rounds": 15},
+    ("cuda", True): {"window": 61, "length": 200, "block_size": 16, "rounds": 2},
+}
+"""By device, and whether it is --small."""
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line with its defaults; refused where it makes no benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=Path, help="default: build/bench/kernels-DEVICE.json")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    for name, what, defaults in (
-        ("window", "tokens that a query sees, its own included", "2048; cuda: 4096"),
-        ("length", "tokens of a request", "32768; cuda: 8192"),
-        ("chunk", "queries of a chunk; cpu", "2048"),
-        ("rounds", "turns of every contender", "15"),
-        ("block-size", "tokens of a block of the cache", "128"),
-        ("threads", "of the kernels; cpu", "all cores"),
+    for name, what in (
+        ("window", "tokens that a query sees, its own included (2048; cuda: 4096)"),
+        ("length", "tokens of a request (32768; cuda: 8192)"),
+        ("chunk", "queries of a chunk, on a CPU (2048)"),
+        ("rounds", "turns of every contender (15)"),
+        ("block-size", "tokens of a block of the cache (128)"),
+        ("threads", "of the kernels, on a CPU (all cores)"),
     ):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} ({defaults})")
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=what)
     parser.add_argument("--small", action="store_true", help="tiny shapes: a test, no benchmark")
     args = parser.parse_args(argv)
-    is_cpu = args.device == "cpu"
     given = {name: value for name, value in vars(args).items() if value is not None}
-    defaults: dict[str, Any] = {"rounds": 15, "block_size": 128, "threads": None, "chunk": 0}
-    if is_cpu:
-        cores = len(os.sched_getaffinity(0))
-        defaults |= {"window": 2048, "length": 32768, "chunk": 2048, "threads": cores}
-    else:
-        defaults |= {"window": 4096, "length": 8192}
-    if args.small:
-        defaults |= {"window": 200, "length": 700, "rounds": 2}
-        defaults |= {"chunk": 130} if is_cpu else {"window": 61, "length": 200, "block_size": 16}
-    defaults["output"] = Path(f"build/bench/kernels-{args.device}.json")
-    args = argparse.Namespace(**(defaults | given))
     problems = [
         f"--{name.replace('_', '-')} {value}: it must be 1 or more"
         for name, value in given.items()
         if type(value) is int and value < 1
     ]
-    if not is_cpu:
-        unused = sorted({"chunk", "threads"} & set(given))
+    if args.device == "cuda":
+        unused = [name for name in ("chunk", "threads") if name in given]
         problems += [f"--{name} {given[name]}: --device cuda has none" for name in unused]
+    general = {"output": Path(f"build/bench/kernels-{args.device}.json"), "block_size": 128}
+    general |= {"chunk": 0, "threads": len(os.sched_getaffinity(0))}
+    args = argparse.Namespace(**{**general, **DEFAULTS[args.device, args.small], **given})
     least = args.window + max(N_GLOBALS) + args.chunk
     if args.length < least:
         problems.append(
@@ -443,7 +438,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             f"({args.window}) of every query lies behind {max(N_GLOBALS)} global tokens"
             + (f", in a chunk of {args.chunk} too" if args.chunk else "")
         )
-    if not is_cpu and not torch.cuda.is_available() and not _is_interpreted():
+    if args.device == "cuda" and not torch.cuda.is_available() and not _is_interpreted():
         problems.append(
             f"--device cuda: PyTorch {torch.__version__} finds no CUDA device here; --device cpu "
             "times the kernels for CPUs"

@@ -116,7 +116,7 @@ class TestBatch:
 class TestCases:
     """Who takes part in a case, who doesn't, and who stops the run."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def sequences(self) -> Sequences:
         return Sequences(SETTING, SHAPE, 2, 200)
 
