@@ -156,8 +156,9 @@ def test_what_is_no_compiler(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each is a reason, printable, and nothing of it is kept or runs on."""
-    monkeypatch.setattr(build, "_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(build, "_VERSION_TIMEOUT_S", 0.5)
+    if "did not end" in named:
+        monkeypatch.setattr(build, "_TIMEOUT_S", 0.5)
+        monkeypatch.setattr(build, "_VERSION_TIMEOUT_S", 0.5)
     use_script(tmp_path, monkeypatch, script)
     with pytest.raises(BuildError, match=named) as failure:
         build.load_library("float32")
