@@ -21,7 +21,7 @@ from tests.kernels.triton.cases import (
     rules_case,
     rules_of,
 )
-from vllm_lminf.kernels.base import DeviceBatch, Heads
+from vllm_lminf.kernels.base import DeviceBatch, Heads, PagedCache
 from vllm_lminf.kernels.triton import plan as plan_module
 from vllm_lminf.kernels.triton.plan import Plan, decode_plan, prefill_plan
 from vllm_lminf.pattern import LambdaPattern
@@ -222,6 +222,17 @@ class TestRowsAndStrides:
         both = torch.full((num_blocks, num_kv_heads, 2, block_size, head_size), torch.nan)
         halves = dataclasses.replace(cache, key=both[:, :, 0], value=both[:, :, 1])
         assert torch.equal(batch.run_triton(torch.float32, cache=halves), expected)
+
+    def test_dimensions_that_a_head_does_not_have(self) -> None:
+        """Tiles are as wide as a power of two: what lies behind a head's last dimension, NaN here,
+        isn't read."""
+        case = Case("mixed", ((300, 1), (20, 9), (0, 5)), head_size=24, pattern=(10, 150, 170))
+        batch = make_batch(case)
+        expected = batch.run_triton(torch.float32)
+        blocks, heads, tokens, dims = batch.empty_cache(torch.float32).key.shape
+        wide = torch.full((2, blocks, heads, tokens, 2 * dims), torch.nan)
+        cache = PagedCache(*wide[..., :dims])
+        assert torch.equal(batch.run_triton(torch.float32, cache=cache), expected)
 
     def test_rows_that_lie_apart_and_padding(self, batch: Batch) -> None:
         """Queries are slices of a wider projection; rows past the batch stay as they are."""
