@@ -145,7 +145,7 @@ def test_every_boundary(pattern: tuple[int, int, int], block_size: int, small_ti
 def test_any_number_of_splits(
     splits: int, small_tiles: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fewer than a request has tiles, and more; as many as are joined at a time, and more. One
+    """Fewer than a request has tiles, and more; as many as are merged at a time, and more. One
     request fills its tile of 8 queries, one has more and is not split."""
     monkeypatch.setattr(plan_module, "num_splits", lambda *_: splits)
     requests = ((400, 1), (3, 1), (350, 8), (330, 9), (0, 2))
