@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 KERNELS = Path("vllm_lminf/kernels/triton")
 FILES = ("attention.py", "tiles.py", "softmax.py", "reduce.py", "cache.py", "angles.py")
 INTERPRETED = "tests/kernels/triton/interpreted"
-TESTS = f"{INTERPRETED}/test_cache.py {INTERPRETED}/test_attention.py {INTERPRETED}/test_join.py"
+TESTS = f"{INTERPRETED}/test_cache.py {INTERPRETED}/test_attention.py {INTERPRETED}/test_merge.py"
 
 _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,

@@ -92,7 +92,7 @@ def test_fp8_cache(cache_dtype: torch.dtype, dtype: torch.dtype, scaled: bool) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("names", ["", "alibi", "softcap+sinks"])
-def test_join(names: str, dtype: torch.dtype) -> None:
+def test_merge(names: str, dtype: torch.dtype) -> None:
     batch = make_batch(rules_case(names, (20, 37, 90)))
     rules = rules_of(names, batch)
     exact, tolerance = exact_and_tolerance(batch, dtype, rules)
@@ -102,7 +102,7 @@ def test_join(names: str, dtype: torch.dtype) -> None:
     batch.fill(layer, cache, dtype)
     output, sums = window.to(DEVICE, dtype), lse.to(DEVICE, torch.float32).contiguous()
     told = batch.device_batch(DEVICE)
-    layer.join_global_branch(batch.query(dtype).to(DEVICE), cache, told, output, sums)
+    layer.merge_global_branch(batch.query(dtype).to(DEVICE), cache, told, output, sums)
     # The window's result was rounded before, too.
     rounding = torch.finfo(dtype).eps * window.abs().max().item()
     assert_close(output.cpu(), exact, tolerance + rounding)

@@ -19,7 +19,7 @@ pytestmark = [
 @pytest.fixture(autouse=True, scope="module")
 def installed() -> None:
     """Skips by name where the installed xformers, or the device, doesn't serve."""
-    capability = torch.cuda.get_device_capability()
+    capability = None if torch.version.hip else torch.cuda.get_device_capability()
     heads = Heads(2, 1, 64, torch.bfloat16)
     pattern = make_batch(Case("decode", ((1, 1),))).pattern
     situation = Situation("cuda", capability, heads, pattern, torch.bfloat16, 16, True)

@@ -32,8 +32,6 @@ from vllm_lminf.kernels.xformers_plan import (
     Operators,
     Pages,
     Part,
-    Plan,
-    Source,
     default_operators,
     make_plan,
 )
@@ -55,9 +53,10 @@ def make_batch(requests: list[tuple[int, int]], block_size: int) -> DeviceBatch:
     return DeviceBatch(starts.int(), lens.int(), table, max(new for _, new in requests))
 
 
-def mask_of(part: Part, num_keys: int) -> torch.Tensor:
+def mask_of(part: Part, num_tokens: int, num_keys: int) -> torch.Tensor:
     """Who sees whom [num_rows, num_keys], by xformers' own account of the bias."""
     bias = part.bias
+    num_rows = num_tokens if part.rows is None else len(part.rows)
     if isinstance(bias, attn_bias.PagedBlockDiagonalGappyKeysMask):
         # The operator reads tensors, the account lists.
         keys = dataclasses.replace(
@@ -68,17 +67,18 @@ def mask_of(part: Part, num_keys: int) -> torch.Tensor:
         assert bias.q_seqinfo.seqstart.tolist() == list(bias.q_seqinfo.seqstart_py)
         bias = dataclasses.replace(bias, k_seqinfo=keys)
         room = bias.block_tables.numel() * bias.page_size
-        mask = bias.materialize((part.num_padded, max(num_keys, room)))
+        mask = bias.materialize((num_rows + part.padding, max(num_keys, room)))
         mask = torch.nn.functional.pad(mask, (0, num_keys), value=-math.inf)[:, :num_keys]
-        assert (mask[part.num_rows :] == -math.inf).all()
+        assert (mask[num_rows:] == -math.inf).all()
     else:
-        mask = bias.materialize((part.num_rows, num_keys))
+        assert part.padding == 0
+        mask = bias.materialize((num_rows, num_keys))
     assert set(mask.unique().tolist()) <= {0.0, -math.inf}
-    return mask[: part.num_rows] == 0
+    return mask[:num_rows] == 0
 
 
 def pairs_seen(
-    plan: Plan, batch: DeviceBatch, block_size: int
+    plan: list[Part], batch: DeviceBatch, block_size: int
 ) -> dict[bool, Counter[tuple[int, int, int]]]:
     """How often (request, query position, key position) is scored, by whether it is turned."""
     num_tokens = int(batch.query_start_loc[-1])
@@ -91,19 +91,17 @@ def pairs_seen(
             tokens[block * block_size + j % block_size] = request, j
     num_slots = (1 + max(slot // block_size for slot in tokens)) * block_size
     seen: dict[bool, Counter[tuple[int, int, int]]] = {False: Counter(), True: Counter()}
-    for part in plan.parts:
-        if part.source is Source.CACHE:
-            slots = list(range(num_slots))
-        else:
-            places = plan.window if part.source is Source.WINDOW else plan.prefix
-            assert places is not None
-            slots = (places.block * block_size + places.offset).flatten().tolist()
+    for part in plan:
+        slots = list(range(num_slots))
+        if part.slots is not None:
+            block, offset = part.slots
+            slots = (block * block_size + offset).flatten().tolist()
         rows = range(num_tokens) if part.rows is None else part.rows.tolist()
-        for row, column in mask_of(part, len(slots)).nonzero().tolist():
+        for row, column in mask_of(part, num_tokens, len(slots)).nonzero().tolist():
             request, j = tokens[slots[column]]
             query = rows[row]
             assert request == owner[query]
-            seen[part.source is Source.PREFIX][request, int(position[query]), j] += 1
+            seen[part.query_angles is not None][request, int(position[query]), j] += 1
     return seen
 
 
@@ -132,7 +130,7 @@ def test_every_pair_is_scored_once(
     batch = make_batch(requests, block_size)
     rotation = Rotation(TABLES, True) if rotates else None
     num_tokens = int(batch.query_start_loc[-1])
-    plan = make_plan(batch, num_tokens, pattern, rotation, block_size, 1, OPERATORS)
+    plan = make_plan(batch, num_tokens, pattern, rotation, 1, block_size, 1, OPERATORS)
     seen = pairs_seen(plan, batch, block_size)
     expected = {
         (request, i, j)
@@ -149,10 +147,9 @@ def test_every_pair_is_scored_once(
 
 def test_padded_rows_see_nothing() -> None:
     batch = make_batch([(40, 1), (70, 2)], 16)
-    plan = make_plan(batch, 6, LambdaPattern(10, 20, 30), None, 16, 1, OPERATORS)
-    for part in plan.parts:
-        assert part.num_rows == 6
-        assert not mask_of(part, 200)[3:].any()
+    for part in make_plan(batch, 6, LambdaPattern(10, 20, 30), None, 1, 16, 1, OPERATORS):
+        assert part.rows is None
+        assert not mask_of(part, 6, 200)[3:].any()
 
 
 def test_the_cost_of_decoding_does_not_grow() -> None:
@@ -163,9 +160,9 @@ def test_the_cost_of_decoding_does_not_grow() -> None:
         tensors = (torch.tensor([0, 1]), torch.tensor([seq_len]))
         batch = DeviceBatch(*(x.int() for x in tensors), table, 1)
         plan = make_plan(
-            batch, 1, LambdaPattern(10, 100, 120), Rotation(TABLES, True), 16, 1, OPERATORS
+            batch, 1, LambdaPattern(10, 100, 120), Rotation(TABLES, True), 1, 16, 1, OPERATORS
         )
-        shapes.add(tuple(part.bias.block_tables.shape for part in plan.parts))
+        shapes.add(tuple(part.bias.block_tables.shape for part in plan))
     assert shapes == {((1, 8), (1, 2), (1, 1))}
 
 
@@ -174,11 +171,26 @@ def test_few_programs_are_compiled() -> None:
     sizes = set()
     for count in range(1, 65):
         batch = make_batch([(20, 1)] * count, 16)
-        plan = make_plan(batch, count, LambdaPattern(0, 8, 8), None, 16, 1, OPERATORS)
-        (part,) = plan.parts
-        assert part.num_padded >= part.num_rows == count
-        sizes.add(part.num_padded)
+        (part,) = make_plan(batch, count, LambdaPattern(0, 8, 8), None, 1, 16, 1, OPERATORS)
+        sizes.add(count + part.padding)
     assert sizes == {1, 2, 4, 8, 16, 32, 64}
+
+
+def test_no_grid_is_too_large() -> None:
+    """CUDA allows 65535 programs along the dimension that sequences and heads are along: what is
+    more is another part. Every row is in one."""
+    batch = make_batch([(20, 1)] * 700, 16)
+    parts = make_plan(batch, 700, LambdaPattern(0, 8, 8), None, 128, 16, 1, OPERATORS)
+    assert [len(part.rows) + part.padding for part in parts] == [256, 256, 256]
+    assert torch.cat([part.rows for part in parts]).tolist() == list(range(700))
+    batch = make_batch([(30, 300), (20, 1), (0, 300)], 16)
+    parts = make_plan(batch, 601, LambdaPattern(9, 8, 250), Rotation(TABLES, True), 512, 16, 1,
+                      OPERATORS)  # fmt: skip
+    seen = pairs_seen(parts, batch, 16)
+    assert max((seen[False] + seen[True]).values()) == 1
+    for part in parts:
+        if isinstance(part.bias, attn_bias.PagedBlockDiagonalGappyKeysMask):
+            assert len(part.bias.block_tables) * 512 <= 65535
 
 
 class TestPages:

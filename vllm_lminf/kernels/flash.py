@@ -1,4 +1,4 @@
-"""Λ-attention by FlashAttention: its windowed kernel, and a small one that joins the prefix in.
+"""Λ-attention by FlashAttention: its windowed kernel, merged with the global keys by a small one.
 
 Made for prefill on devices where FlashAttention knows their hardware best, from compute capability
 9.0 on. The function that attends is the caller's: vLLM ships one.
@@ -13,7 +13,7 @@ keys in the window, ``q`` queries of a request:
 - It moves ``4 * h * d`` bytes of queries and outputs a token, 16 KiB, and reads ``(w + q) * 4 * k *
   d`` bytes of keys and values from memory once, 6 KiB a token of a chunk of 8192 for k = 8: 7 ns a
   token at 3.35 TB/s. It is bound by its products.
-- The join reads queries, outputs and log-sum-exps and writes outputs, ``6 * h * d`` bytes a token,
+- The merge reads queries, outputs and log-sum-exps and writes outputs, ``6 * h * d`` bytes a token,
   24 KiB: 7 ns a token, a tenth of the products' time. It computes ``4 * h * d * n_global`` flops a
   token, 0.2 ns for 10 keys. Rows that see no global key behind their window, the first ``w`` of a
   sequence, aren't touched. The sinks come in the same pass.
@@ -160,7 +160,7 @@ class FlashLayer:
         self._window = [pattern.n_local - 1, 0]
         self._scale = float(rules.scale)
         self._softcap = rules.softcap or 0.0
-        self._joining = TritonLayer(heads, pattern, rules, rotation, workspace)
+        self._merging = TritonLayer(heads, pattern, rules, rotation, workspace)
 
     def lambda_attention(
         self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
@@ -193,7 +193,7 @@ class FlashLayer:
             return_softmax_lse=True,
             out=output,
         )
-        self._joining.join_global_branch(query, cache, batch, output, lse)
+        self._merging.merge_global_branch(query, cache, batch, output, lse)
 
     def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
         """Compiles and loads whatever `lambda_attention` can launch.
@@ -213,4 +213,4 @@ class FlashLayer:
         for queries in {1, max_query_len}:
             batch = DeviceBatch(start, start[1:], torch.zeros_like(start[:1, None]), queries)
             self.lambda_attention(query, cache, batch, output)
-        self._joining.warm_up_join(cache, max_query_len)
+        self._merging.warm_up_merge(cache, max_query_len)

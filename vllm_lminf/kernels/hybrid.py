@@ -8,7 +8,7 @@ memory order. A batch of both kinds is attended by both, each its own requests:
 - FlashAttention takes all rows in one call. A request of a few queries is told to it as one that
   has no more tokens than these: one tile of keys, whose result is dropped. What it costs is a
   program a head, not a window.
-- The global branch is joined into the others. (FlashAttention begins with no keys, or with one
+- The global branch is merged into the others. (FlashAttention begins with no keys, or with one
   score a head: what the branch found before can't be handed to it, which would save the pass.)
 - Then Triton's kernels write the rows of the requests of a few queries. These are computed as they
   are in a batch of their own kind, whatever is beside them.

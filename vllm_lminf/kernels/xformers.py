@@ -1,28 +1,22 @@
-"""Λ-attention by xformers: partial attention over the window and over the prefix, merged.
+"""Λ-attention by xformers: partial attentions over the window and the global keys, merged.
 
-How a request's queries are attended depends on how many they are:
-
-- A few, as in decoding: each is a sequence of its own, whose keys are a stretch of pages of the
-  cache (a paged bias with gaps), for the split-KV kernel. The block table is cut down to the
-  window first, so that its cost doesn't grow with the sequence. Nothing waits for the device.
-- More: the window's keys are copied together, and attended in one call for all such requests,
-  under a mask that is causal and local from the bottom right. How long requests are must be known
-  on the host for that.
-
-Global keys behind the window are copied too, turned back to position 0, and attended by queries
-that are turned to the distance limit. Where the limit is larger than the window, those that are
-nearer than the limit are attended as they are in the cache, as a third part.
+`xformers_plan` works out, once a step, which partial attentions there are. Requests with a few
+queries (decoding) read their keys from the cache's pages by the split-KV kernel, and nothing waits
+for the device. For longer requests, whose lengths must be known on the host, the window's keys are
+gathered and attended by FlashAttention. Global keys beyond the distance limit are gathered, rotated
+back to position 0, and attended by queries rotated to the limit. Where the limit is larger than the
+window, the global keys between the two are a third part, as they are in the cache.
 """
 
-import importlib.metadata
-import importlib.util
 import os
 import re
+from importlib import metadata, util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from packaging.version import Version
+from torch.nn import functional
 
 from vllm_lminf.kernels.base import (
     DeviceBatch,
@@ -36,83 +30,92 @@ from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import rotate
 
 if TYPE_CHECKING:
-    from vllm_lminf.kernels.xformers_plan import Operators, Part, Plan
+    from vllm_lminf.kernels.xformers_plan import Operators, Pages, Part
+
+Partial = tuple[torch.Tensor, torch.Tensor]
+"""Attention over some of the keys [1, num_rows, num_kv_heads, group, head_size], and its
+log-sum-exp, float32 [1, num_kv_heads, group, num_rows]."""
 
 FEW_QUERIES = 8
-"""Up to so many queries of a request are sequences of their own."""
-
-_DTYPES = (torch.float16, torch.bfloat16)
-_HEAD_SIZES = (16, 32, 64, 128, 256)
-
-_LAST_WITH_BLOCK_POINTERS = "0.0.35"
-_FIRST_TRITON_WITHOUT = (3, 9)
+"""Requests with more queries are attended by FlashAttention."""
 
 
 def reasons_against(situation: Situation) -> list[str]:
     """Why xformers can't run a layer; empty where it can."""
-    reasons = []
     heads, capability = situation.heads, situation.capability
-    if situation.device_type != "cuda":
-        reasons.append(f"xformers runs on CUDA devices, not on {situation.device_type!r}")
-    elif capability is None:
-        reasons.append(
-            "xformers is used with its operators for NVIDIA's devices alone: choose kernel triton"
-        )
-    elif capability < (8, 0):
-        reasons.append(
-            f"compute capability {capability[0]}.{capability[1]}: xformers' operators take 8.0 "
-            "and newer"
-        )
-    if heads.dtype not in _DTYPES:
-        reasons.append(
+    is_cuda = situation.device_type == "cuda"
+    refusals = [
+        (not is_cuda, f"xformers runs on CUDA devices, not on {situation.device_type!r}"),
+        (
+            is_cuda and capability is None,
+            "xformers is used with its operators for NVIDIA's devices alone: choose kernel triton",
+        ),
+        (
+            capability is not None and capability < (8, 0),
+            f"compute capability {'.'.join(map(str, capability or ()))}: xformers' operators take "
+            "8.0 and newer",
+        ),
+        (
+            heads.dtype not in (torch.float16, torch.bfloat16),
             f"{heads.dtype}: xformers' operators take float16 and bfloat16; choose --dtype "
-            "bfloat16, or kernel triton"
-        )
-    if situation.cache_dtype != heads.dtype:
-        reasons.append(
+            "bfloat16, or kernel triton",
+        ),
+        (
+            situation.cache_dtype != heads.dtype,
             f"a cache of {situation.cache_dtype}: xformers' operators take a cache of the model's "
-            "own dtype; choose --kv-cache-dtype auto, or kernel triton"
-        )
-    if heads.head_size not in _HEAD_SIZES:
-        sizes = ", ".join(map(str, _HEAD_SIZES))
-        reasons.append(
-            f"heads of {heads.head_size} dimensions: xformers' operators take {sizes}; choose "
-            "kernel triton"
-        )
-    if situation.block_size % 16 != 0:
-        reasons.append(
+            "own dtype; choose --kv-cache-dtype auto, or kernel triton",
+        ),
+        (
+            heads.head_size not in (16, 32, 64, 128, 256),
+            f"heads of {heads.head_size} dimensions: xformers' operators take 16, 32, 64, 128, "
+            "256; choose kernel triton",
+        ),
+        (
+            situation.block_size % 16 != 0,
             f"blocks of {situation.block_size} tokens: xformers' operators take multiples of 16; "
-            "set --block-size 16"
+            "set --block-size 16",
+        ),
+        (
+            situation.has_softcap,
+            "a soft-cap on scores: xformers' operators have none; choose kernel triton",
+        ),
+        (situation.has_alibi, "ALiBi: xformers' operators have none; choose kernel triton"),
+    ]
+    return [reason for is_refused, reason in refusals if is_refused] + _library_reasons()
+
+
+def _library_reasons() -> list[str]:
+    """Why the installed xformers can't be used. Importing it would look for a device: read its
+    version and source instead."""
+    if missing := [name for name in ("xformers", "triton") if not util.find_spec(name)]:
+        return [f"{name} isn't installed: pip install {name}" for name in missing]
+    reasons, triton = [], metadata.version("triton")
+    if metadata.version("xformers") == "0.0.35" and Version(triton) >= Version("3.9.0.dev0"):
+        reasons.append(
+            f"Triton {triton} has no block pointers, which the split-KV kernel of xformers "
+            '0.0.35 is written with: pip install "triton<3.9", or choose kernel triton'
         )
-    for present, what in (
-        (situation.has_softcap, "a soft-cap on scores"),
-        (situation.has_alibi, "ALiBi"),
-    ):
-        if present:
-            reasons.append(f"{what}: xformers' operators have none; choose kernel triton")
-    return reasons + _library_reasons()
+    return reasons + _flash_attn_reasons()
 
 
 def _flash_attn_reasons() -> list[str]:
-    """Why the installed flash-attn keeps xformers from being imported: it takes some versions of
-    it, and no others. Which ones stands in its source."""
-    xformers, flash_attn = (importlib.util.find_spec(name) for name in ("xformers", "flash_attn"))
-    if flash_attn is None or xformers is None or xformers.origin is None:
+    """xformers can't be imported beside a flash-attn of other versions than its source names."""
+    xformers, flash_attn = util.find_spec("xformers"), util.find_spec("flash_attn")
+    if xformers is None or xformers.origin is None or flash_attn is None:
         return []
-    source = (Path(xformers.origin).parent / "ops/fmha/flash.py").read_text(encoding="utf-8")
+    source = Path(xformers.origin).with_name("ops").joinpath("fmha/flash.py").read_text("utf-8")
     bounds = dict(re.findall(r'FLASH_VER_(MIN|LAST) = parse_version\("([^"]+)"\)', source))
     if bounds.keys() != {"MIN", "LAST"}:
         return []  # another xformers, which may take any
     version = "of no version"  # FlashAttention 4 alone has no package around it
     if flash_attn.origin is not None:
-        told = Path(flash_attn.origin).read_text(encoding="utf-8")
-        version = (re.findall(r'^__version__ = "([^"]+)"', told, re.MULTILINE) or [version])[0]
-        ignored = os.environ.get("XFORMERS_IGNORE_FLASH_VERSION_CHECK", "0") == "1"
-        fits = version[0].isdigit() and (
-            Version(bounds["MIN"]) <= Version(version) <= Version(bounds["LAST"])
-        )
-        if fits or ignored:
+        if os.environ.get("XFORMERS_IGNORE_FLASH_VERSION_CHECK", "0") == "1":
             return []
+        package = Path(flash_attn.origin).read_text("utf-8")
+        if found := re.search(r'^__version__ = "(\d[^"]*)"', package, re.MULTILINE):
+            version = found[1]
+            if Version(bounds["MIN"]) <= Version(version) <= Version(bounds["LAST"]):
+                return []
     return [
         f"flash-attn {version} is installed, and xformers can't be imported beside it: pip install "
         f'"flash-attn>={bounds["MIN"]},<={bounds["LAST"]}", or uninstall it (PyTorch brings one '
@@ -120,35 +123,20 @@ def _flash_attn_reasons() -> list[str]:
     ]
 
 
-def _library_reasons() -> list[str]:
-    """Why the installed xformers can't be used. It isn't imported for that: it would look for a
-    device."""
-    if missing := [name for name in ("xformers", "triton") if not importlib.util.find_spec(name)]:
-        return [f"{name} isn't installed: pip install {name}" for name in missing]
-    xformers, triton = (importlib.metadata.version(name) for name in ("xformers", "triton"))
-    major, minor = triton.split(".")[:2]
-    if xformers == _LAST_WITH_BLOCK_POINTERS and (int(major), int(minor)) >= _FIRST_TRITON_WITHOUT:
-        return [
-            f"Triton {triton} has no block pointers, which the split-KV kernel of xformers "
-            f'{xformers} is written with: pip install "triton<3.9", or choose kernel triton',
-            *_flash_attn_reasons(),
-        ]
-    return _flash_attn_reasons()
-
-
 def temporary_bytes(situation: Situation, num_tokens: int, max_requests: int) -> int:
-    """What a step allocates for a while, at the most: every request in prefill, and far out, so
-    that each one's window and prefix are copied."""
+    """Bytes that a step allocates for a while, at the most: every request is in prefill, and so far
+    out that its window and its global keys are gathered."""
     heads, pattern = situation.heads, situation.pattern
     requests = max(1, min(max_requests, num_tokens // FEW_QUERIES))
-    keys = num_tokens + requests * (pattern.n_local - 1)
-    prefix = requests * (pattern.n_global + 63)
+    window = num_tokens + requests * (pattern.n_local - 1)
+    prefix = requests * (pattern.n_global + 15)
     key_bytes = 2 * heads.num_kv_heads * heads.head_size * heads.dtype.itemsize
-    # Copies, and their places of three numbers; global keys are turned in float32.
-    copies = keys * (key_bytes + 24) + prefix * (3 * key_bytes + 24)
-    # Queries, turned in float32, and parts of the result with what joins them in float32.
-    row_bytes = heads.num_heads * heads.head_size * (4 * heads.dtype.itemsize + 4 * 4)
-    return copies + num_tokens * row_bytes
+    # Gathered keys and values, and three integers for where each is; rotated in float32.
+    gathered = window * (key_bytes + 24) + prefix * (3 * key_bytes + 24)
+    # Queries, rotated in float32; partial results and their merge in float32.
+    return gathered + num_tokens * heads.num_heads * heads.head_size * (
+        4 * heads.dtype.itemsize + 4 * 4
+    )
 
 
 class XformersLayer:
@@ -174,7 +162,6 @@ class XformersLayer:
         rotation: Rotation | None,
         operators: "Operators | None" = None,
     ) -> None:
-        # xformers is looked for where it is needed, and nowhere else.
         try:
             from vllm_lminf.kernels import xformers_plan
         except ImportError as error:
@@ -191,9 +178,7 @@ class XformersLayer:
         self._pattern = pattern
         self._rotation = rotation
         self._scale = float(rules.scale)
-        self._sinks = None
-        if rules.sinks is not None:
-            self._sinks = rules.sinks.detach().view(1, heads.num_kv_heads, self._group, 1)
+        self._sinks = rules.sinks
 
     def lambda_attention(
         self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
@@ -215,26 +200,17 @@ class XformersLayer:
         """
         if query.shape[0] == 0 or batch.seq_lens.shape[0] == 0:
             return
-        source, head_size = self._planning.Source, self._heads.head_size
         pages = self._planning.Pages.of(cache)
-        plan = self._plan(batch, query.shape[0], cache.key.shape[2], pages.pages_per_block)
-        keys = {source.CACHE: (pages.key, pages.value)}
-        if plan.window is not None:
-            copies = plan.window.copy_of(cache.key), plan.window.copy_of(cache.value)
-            keys[source.WINDOW] = self._as_row(copies[0]), self._as_row(copies[1])
-        turned = query
-        if plan.prefix is not None:
-            key, value = plan.prefix.copy_of(cache.key), plan.prefix.copy_of(cache.value)
-            if self._rotation is not None and plan.query_turn and plan.key_turn:
-                key = rotate(key, *plan.key_turn, self._rotation.is_neox_style)
-                turned = rotate(query, *plan.query_turn, self._rotation.is_neox_style)
-            keys[source.PREFIX] = self._as_row(key), self._as_row(value)
-        joint = _Joint(query.shape[0])
-        for part in plan.parts:
-            queries = part.rows_of(turned if part.source is source.PREFIX else query)
-            queries = queries.reshape(1, -1, self._heads.num_kv_heads, self._group, head_size)
-            joint.add(part, *self._attend(queries, *keys[part.source], part))
-        output.copy_(joint.finished(self._sinks).view(output.shape))
+        first, *others = self._plan(batch, query.shape[0], cache, pages)
+        result, lse = _merge(None, self._attend(query, cache, pages, first), first.rows, query)
+        for part in others:
+            partial = self._attend(query, cache, pages, part)
+            result, lse = _merge((result, lse), partial, part.rows, query)
+        if self._sinks is not None:
+            sinks = self._sinks.float().view(1, -1, self._group, 1)
+            share = (lse - torch.logaddexp(lse, sinks)).exp()
+            result = result * share.permute(0, 3, 1, 2)[..., None]
+        output.copy_(result.view(output.shape))
 
     def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
         """Compiles and loads what `lambda_attention` can launch for any number of requests.
@@ -259,79 +235,68 @@ class XformersLayer:
             self.lambda_attention(query, cache, DeviceBatch(start, lens, table, queries), output)
 
     def _plan(
-        self, batch: DeviceBatch, num_tokens: int, block_size: int, pages_per_block: int
-    ) -> "Plan":
+        self, batch: DeviceBatch, num_tokens: int, cache: PagedCache, pages: "Pages"
+    ) -> list["Part"]:
         """The batch's plan, made by the first of the layers that are alike."""
         arguments = (
-            num_tokens, self._pattern, self._rotation, block_size, pages_per_block, self._operators,
-        )  # fmt: skip
+            num_tokens,
+            self._pattern,
+            self._rotation,
+            *cache.key.shape[1:3],
+            pages.pages_per_block,
+            self._operators,
+        )
         name = ("xformers", *arguments)
         if name not in batch.shared:
             batch.shared[name] = self._planning.make_plan(batch, *arguments)
-        plan: Plan = batch.shared[name]
+        plan: list[Part] = batch.shared[name]
         return plan
 
-    def _as_row(self, half: torch.Tensor) -> torch.Tensor:
-        """Tokens [..., num_kv_heads, head_size] as [1, tokens, num_kv_heads, 1, head_size]."""
-        return half.reshape(1, -1, self._heads.num_kv_heads, 1, self._heads.head_size)
-
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, part: "Part"
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A part's attention [1, num_rows, num_kv_heads, group, head_size], and its log-sum-exp
-        [1, num_kv_heads, group, num_rows]."""
+        self, query: torch.Tensor, cache: PagedCache, pages: "Pages", part: "Part"
+    ) -> Partial:
+        """Computes one part."""
         from xformers.ops.fmha import memory_efficient_attention_partial
 
-        shape = (-1, -1, -1, self._group, -1)
-        result, lse = memory_efficient_attention_partial(
-            query,
-            key.expand(shape),
-            value.expand(shape),
-            part.bias,
-            scale=self._scale,
-            op=part.operator,
-        )
-        return result[:, : part.num_rows], lse[..., : part.num_rows].float()
-
-
-class _Joint:
-    """What the parts so far come to: one softmax over all their keys."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self._num_tokens = num_tokens
-        self._result: Any = None
-        self._lse: Any = None
-
-    def add(self, part: "Part", result: torch.Tensor, lse: torch.Tensor) -> None:
-        """Adds a part's attention; see `XformersLayer._attend`."""
-        from xformers.ops.fmha import merge_attentions
-
-        if self._result is None and part.rows is None:
-            self._result, self._lse = result, lse
-            return
-        if self._result is None:
-            shape = (1, self._num_tokens, *result.shape[2:])
-            self._result = result.new_zeros(shape, dtype=torch.float32)
-            self._lse = lse.new_full((*lse.shape[:3], self._num_tokens), -torch.inf)
-        before = self._result, self._lse
+        key, value = pages.key, pages.value
+        if part.slots is not None:
+            key, value = (half.transpose(1, 2)[part.slots] for half in (cache.key, cache.value))
         if part.rows is not None:
-            before = self._result[:, part.rows], self._lse[..., part.rows]
-        merged = merge_attentions([before[0], result], [before[1], lse], output_dtype=torch.float32)
-        if part.rows is None:
-            self._result, self._lse = merged
-        else:
-            self._result = self._result.float().index_copy(1, part.rows, merged[0])
-            self._lse = self._lse.index_copy(3, part.rows, merged[1])
+            query = query[part.rows]
+        if self._rotation is not None and part.query_angles and part.key_angles:
+            query = rotate(query, *part.query_angles, self._rotation.is_neox_style)
+            key = rotate(key, *part.key_angles, self._rotation.is_neox_style)
+        num_rows, num_heads, head_size = query.shape
+        num_kv_heads = self._heads.num_kv_heads
+        heads = (1, -1, num_kv_heads, num_heads // num_kv_heads, head_size)
+        key, value = (
+            half.reshape(1, -1, num_kv_heads, 1, head_size).expand(heads) for half in (key, value)
+        )
+        query = functional.pad(query, (0, 0, 0, 0, 0, part.padding)).reshape(heads)
+        result, lse = memory_efficient_attention_partial(
+            query, key, value, part.bias, scale=self._scale, op=part.operator
+        )
+        return result[:, :num_rows], lse[..., :num_rows].float()
 
-    def finished(self, sinks: torch.Tensor | None) -> torch.Tensor:
-        """The attention [1, num_tokens, num_kv_heads, group, head_size].
 
-        Args:
-            sinks: [1, num_kv_heads, group, 1]: the score of one more key, whose value is zero.
-        """
-        result: torch.Tensor = self._result
-        if sinks is not None:
-            joint = torch.logaddexp(self._lse, sinks.float())
-            share = (self._lse - joint).exp().permute(0, 3, 1, 2)
-            result = result * share[..., None]
-        return result
+def _merge(
+    merged: Partial | None, partial: Partial, rows: torch.Tensor | None, query: torch.Tensor
+) -> Partial:
+    """One softmax over the keys of both: ``merged`` is of all rows of the query, or None for no
+    keys so far, ``partial`` of ``rows`` (None: all)."""
+    from xformers.ops.fmha import merge_attentions
+
+    if merged is None and rows is None:
+        return partial
+    if merged is None:
+        result, lse = (x.new_zeros((), dtype=torch.float32) for x in partial)
+        merged = (
+            result.expand(1, query.shape[0], *partial[0].shape[2:]),
+            (lse - torch.inf).expand(*partial[1].shape[:3], query.shape[0]),
+        )
+    before = merged if rows is None else (merged[0][:, rows], merged[1][..., rows])
+    both = zip(before, partial, strict=True)
+    result, lse = merge_attentions(*both, output_dtype=torch.float32)
+    if rows is None:
+        return result, lse
+    return merged[0].float().index_copy(1, rows, result), merged[1].index_copy(3, rows, lse)

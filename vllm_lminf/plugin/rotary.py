@@ -149,9 +149,11 @@ class ExactRotaryEmbedding(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One launch for both, from the tables. Nothing is kept for the other layers of the step:
         where vLLM cuts a compiled model at its attention layers, they share nothing."""
-        from vllm_lminf.kernels.triton.rotary import turn_heads
+        from vllm_lminf.kernels.triton.rotary import rotary_embedding
 
-        turn = torch.ops.lminf.turn_heads if torch.compiler.is_compiling() else turn_heads
+        turn = (
+            torch.ops.lminf.rotary_embedding if torch.compiler.is_compiling() else rotary_embedding
+        )
         turned_query, turned_key = turn(
             positions, query, key, self.tables.tables,
             self.head_size, self.spec.is_neox_style, self.spec.magnitude,

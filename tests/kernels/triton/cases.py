@@ -63,7 +63,7 @@ def exact_and_tolerance(
     batch: Batch, dtype: torch.dtype, rules: ScoreRules | None = None
 ) -> tuple[torch.Tensor, float]:
     """The result in float64, and three times what the oracle itself loses in this dtype: the
-    kernels round once more where they join branches and splits."""
+    kernels round once more where they merge branches and splits."""
     exact = batch.run_oracle(rules=rules)
     loss = (batch.run_oracle(dtype, rules).double() - exact).abs().max().item()
     return exact, 3 * loss

@@ -197,7 +197,7 @@ def _recorded(target: GPUTarget) -> Iterator[dict[str, tuple[str, int, Any]]]:
 
 
 def compile_layer(target_name: str, what: Layer) -> list[Usage]:
-    """The kernels that a layer launches, see `LAYERS`; the join for the plain layer alone."""
+    """The kernels that a layer launches, see `LAYERS`; the merge for the plain layer alone."""
     target = TARGETS[target_name]
     heads = Heads(*what.heads, _DTYPES[what.dtype])
     rotation = Rotation(RotationTables(torch.ones(heads.head_size // 2)), what.is_neox)
@@ -211,7 +211,7 @@ def compile_layer(target_name: str, what: Layer) -> list[Usage]:
     with _recorded(target.target) as compiled:
         if what == PLAIN:
             layer.warm_up(cache, max_requests=256, max_query_len=8192)
-            layer.warm_up_join(cache, max_query_len=8192)
+            layer.warm_up_merge(cache, max_query_len=8192)
         else:
             numbers = torch.zeros(2, dtype=torch.int32)
             query = torch.empty(64, heads.num_heads, heads.head_size, dtype=heads.dtype)

@@ -65,7 +65,7 @@ def test_all_kernels_are_there(target: str, usages: dict[str, list[Usage]]) -> N
         told = {(kernel, rows) for name, kernel, rows in kernels if name == layer.name}
         assert {kernel for kernel, _ in told} >= {"decode", "prefill", "reduce"}
         if layer == PLAIN:
-            assert {kernel for kernel, _ in told} >= {"write", "join"}
+            assert {kernel for kernel, _ in told} >= {"write", "merge"}
             assert {rows for kernel, rows in told if kernel == "decode"} == {16, 32, 64}
 
 

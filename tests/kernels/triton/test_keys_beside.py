@@ -1,4 +1,4 @@
-"""The same as `test_keys` for what Triton does beside other libraries: the join, the hybrid layer,
+"""The same as `test_keys` for what Triton does beside other libraries: the merge, the hybrid layer,
 the rotation of queries and keys."""
 
 from typing import Any
@@ -21,7 +21,7 @@ from vllm_lminf.kernels.flash import FlashLayer
 from vllm_lminf.kernels.hybrid import HybridLayer
 from vllm_lminf.kernels.triton import layer as layer_module
 from vllm_lminf.kernels.triton.layer import Workspace
-from vllm_lminf.kernels.triton.rotary import turn_heads
+from vllm_lminf.kernels.triton.rotary import rotary_embedding
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotationTables
 
@@ -50,10 +50,10 @@ def test_warm_up_covers_all_batches(heads: Heads, kind: type[FlashLayer | Hybrid
             output = torch.empty(rows, heads.num_heads, heads.head_size, dtype=heads.dtype)
             layer.lambda_attention(query, cache, batch, output)
     assert serving - warm == set()
-    assert "join_kernel" in {name for name, _ in serving}
-    # Beside what is launched here, warm-up writes the cache, and joins batches of a few queries,
+    assert "merge_kernel" in {name for name, _ in serving}
+    # Beside what is launched here, warm-up writes the cache, and merges batches of a few queries,
     # which the hybrid layer leaves to Triton's own kernel.
-    assert {name for name, _ in warm - serving} <= {"write_kernel", "join_kernel"}
+    assert {name for name, _ in warm - serving} <= {"write_kernel", "merge_kernel"}
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), [(32, 8, 128), (9, 3, 72)])
@@ -67,7 +67,7 @@ def test_one_rotation_for_all_batches(num_heads: int, num_kv_heads: int, head_si
         for rows in (*range(1, 40), 2048):
             query, key, _ = torch.empty(rows, sum(sizes), dtype=torch.bfloat16).split(sizes, dim=1)
             positions = torch.zeros(rows + rows % 3, dtype=torch.int64)[rows % 3 :]
-            turn_heads(positions, query, key, *arguments)
-            turn_heads(positions, query.contiguous(), key.contiguous(), *arguments)
-    assert {name for name, _ in keys} == {"turn_kernel"}
+            rotary_embedding(positions, query, key, *arguments)
+            rotary_embedding(positions, query.contiguous(), key.contiguous(), *arguments)
+    assert {name for name, _ in keys} == {"rotary_kernel"}
     assert len(keys) == 1

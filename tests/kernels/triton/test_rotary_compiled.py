@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vllm_lminf.kernels.triton.rotary import turn_heads
+from vllm_lminf.kernels.triton.rotary import rotary_embedding
 from vllm_lminf.rope import RotationTables
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -42,7 +42,7 @@ def compile_for(capability: int, heads: tuple[int, int, int], is_neox_style: boo
         mock.patch.object(JITFunction, "run", record),
     ):
         positions = torch.zeros(2, dtype=torch.int64)
-        turn_heads(positions, query, key, tables, size, is_neox_style, 1.0)
+        rotary_embedding(positions, query, key, tables, size, is_neox_style, 1.0)
     (kernel,) = compiled
     return kernel
 

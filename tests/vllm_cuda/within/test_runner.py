@@ -309,7 +309,7 @@ class TestCompiledPieces:
         assert len(found) == len(expected) == num_layers + 1
         for i, (piece, stocks) in enumerate(zip(found, expected, strict=True)):
             launches = [name for name in piece if name.startswith("lminf.")]
-            assert launches == ["lminf.turn_heads"] * (i < num_layers)
+            assert launches == ["lminf.rotary_embedding"] * (i < num_layers)
             assert len(launches) == sum("_C.rotary_embedding" in name for name in stocks)
             # The others are views and the model's own.
             rest = Counter(piece) - Counter(stocks) - Counter(launches)

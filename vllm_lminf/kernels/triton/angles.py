@@ -1,4 +1,4 @@
-"""Rotations inside a kernel: exact angles of any position, and tiles turned back by them.
+"""Rotations inside a kernel: exact angles of any position, and their inverse applied to tiles.
 
 An entry of the tables is a unit complex number, its cosine and sine read as one int64; see
 `vllm_lminf.rope.RotationTables` for the three digits of a position. Rows of a tile stand at
@@ -65,8 +65,8 @@ def partners(dims, HALF: tl.constexpr, IS_NEOX: tl.constexpr):
 
 
 @triton.jit
-def turn_back(x, partner, cos, sin, dims, HALF: tl.constexpr, IS_NEOX: tl.constexpr):
-    """A tile [rows, dims] turned back by its angles, in float32.
+def inverse_rotation(x, partner, cos, sin, dims, HALF: tl.constexpr, IS_NEOX: tl.constexpr):
+    """A tile [rows, dims] rotated by the negative of its angles, in float32.
 
     Args:
         x: the tile.

@@ -12,7 +12,7 @@ them. Everything about a request is read on the device.
 import triton
 import triton.language as tl
 
-from vllm_lminf.kernels.triton.angles import angles_of, partners, turn_back
+from vllm_lminf.kernels.triton.angles import angles_of, inverse_rotation, partners
 from vllm_lminf.kernels.triton.softmax import begin, score, update
 from vllm_lminf.kernels.triton.tiles import blocks_of, load_rows, request_of_tile
 
@@ -60,13 +60,13 @@ def global_branch(
             )  # fmt: skip
             products = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee")
         else:
-            # A few dimensions at a time, for what is turned and what it is turned by to stay in
-            # registers beside the softmax.
-            TURNED: tl.constexpr = min(DIMS, 16 if position.shape[0] > 64 else 32)
+            # A few dimensions at a time, so that vectors and angles stay in registers beside the
+            # softmax.
+            ROTATED: tl.constexpr = min(DIMS, 16 if position.shape[0] > 64 else 32)
             products = tl.zeros((position.shape[0], TILE_GLOBAL), tl.float32)
             near = products
-            for low in tl.range(0, DIMS, TURNED, num_stages=1):
-                some = low + tl.arange(0, TURNED)
+            for low in tl.range(0, DIMS, ROTATED, num_stages=1):
+                some = low + tl.arange(0, ROTATED)
                 other = partners(some, HALF, IS_NEOX)
                 present = valid[:, None] & (some < HEAD_SIZE)[None, :]
                 q = tl.load(query_row[:, None] + some[None, :], mask=present, other=0.0)
@@ -75,7 +75,9 @@ def global_branch(
                 cos, sin = angles_of(
                     angles, first_beyond, beyond - first_beyond, some, HALF, IS_NEOX
                 )
-                at_limit = turn_back(q, q_other, cos, sin, some, HALF, IS_NEOX).to(query.dtype)
+                at_limit = inverse_rotation(q, q_other, cos, sin, some, HALF, IS_NEOX).to(
+                    query.dtype
+                )
                 k = load_rows(
                     key, blocks, keys, some, readable, stride_key_block, stride_key_token,
                     BLOCK_SIZE, HEAD_SIZE, 0,
@@ -85,7 +87,9 @@ def global_branch(
                     BLOCK_SIZE, HEAD_SIZE, 0,
                 )  # fmt: skip
                 cos, sin = angles_of(angles, start, offsets, some, HALF, IS_NEOX)
-                at_zero = turn_back(k, k_other, cos, sin, some, HALF, IS_NEOX).to(query.dtype)
+                at_zero = inverse_rotation(k, k_other, cos, sin, some, HALF, IS_NEOX).to(
+                    query.dtype
+                )
                 products = tl.dot(at_limit, tl.trans(at_zero), products, input_precision="ieee")
                 if LIMIT > N_LOCAL:
                     near = tl.dot(q, tl.trans(k.to(q.dtype)), near, input_precision="ieee")

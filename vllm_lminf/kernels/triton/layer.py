@@ -26,7 +26,7 @@ from vllm_lminf.kernels.triton.plan import (
     decode_plan,
     decode_rows,
     hardware_of,
-    join_plan,
+    merge_plan,
     most_partial_rows,
     plan_step,
     power_of_two,
@@ -143,13 +143,13 @@ class TritonLayer:
         # Triton is looked for where it is needed, and nowhere else.
         from vllm_lminf.kernels.triton.attention import attention_kernel
         from vllm_lminf.kernels.triton.cache import write_kernel
-        from vllm_lminf.kernels.triton.join import join_kernel
+        from vllm_lminf.kernels.triton.merge import merge_kernel
         from vllm_lminf.kernels.triton.reduce import reduce_kernel
 
         if not rules.scale > 0:
             raise ValueError(f"scale is {rules.scale}: the Triton kernels take a positive one")
         self._attention_kernel = attention_kernel
-        self._join_kernel = join_kernel
+        self._merge_kernel = merge_kernel
         self._reduce_kernel = reduce_kernel
         self._write_kernel = write_kernel
         self._heads = heads
@@ -266,8 +266,8 @@ class TritonLayer:
             batch = _without_rows(requests, queries, device)
             self.lambda_attention(query, cache, batch, output)
 
-    def warm_up_join(self, cache: PagedCache, max_query_len: int) -> None:
-        """The same for what `join_global_branch` can launch."""
+    def warm_up_merge(self, cache: PagedCache, max_query_len: int) -> None:
+        """The same for what `merge_global_branch` can launch."""
         heads, device = self._heads, cache.key.device
         query, output = torch.empty(
             2, 1, heads.num_heads, heads.head_size, dtype=heads.dtype, device=device
@@ -275,13 +275,13 @@ class TritonLayer:
         lse = torch.empty(heads.num_heads, 1, device=device)
         seen = set()
         for queries in range(1, min(max_query_len, MAX_DECODE_ROWS + 1) + 1):
-            plan = self._join_plan(queries, cache.key.dtype)
+            plan = self._merge_plan(queries, cache.key.dtype)
             if plan not in seen:
                 seen.add(plan)
                 batch = _without_rows(1, queries, device)
-                self.join_global_branch(query, cache, batch, output, lse)
+                self.merge_global_branch(query, cache, batch, output, lse)
 
-    def join_global_branch(
+    def merge_global_branch(
         self,
         query: torch.Tensor,
         cache: PagedCache,
@@ -289,24 +289,24 @@ class TritonLayer:
         output: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        """Adds the global keys behind the window, and the sinks, to a finished window attention.
+        """Merges a finished window attention with the global keys behind the window, and the sinks.
 
         Args:
             query: see `lambda_attention`.
             cache: likewise.
             batch: likewise.
-            output: the window's attention, replaced by the joint one; of query's shape.
+            output: the window's attention, replaced by the merged one; of query's shape.
             lse: float32 [num_heads, num_tokens], the natural logarithm of the window's sum of
-                exponentials; replaced by the joint one.
+                exponentials; replaced by the merged one.
         """
         num_requests = batch.seq_lens.shape[0]
         if num_requests == 0 or query.shape[0] == 0:
             return
         if self._pattern.n_global == 0 and self._sinks is None:
             return
-        plan, is_decode = self._join_plan(batch.max_query_len, cache.key.dtype)
+        plan, is_decode = self._merge_plan(batch.max_query_len, cache.key.dtype)
         tiles = num_requests if is_decode else query.shape[0] // plan.queries + num_requests
-        self._join_kernel[tiles, self._heads.num_kv_heads](
+        self._merge_kernel[tiles, self._heads.num_kv_heads](
             query, cache.key, cache.value, output, lse,
             *self._batch_arguments(cache, batch), self._scale, num_requests,
             *self._row_strides(query, output), *lse.stride(), *self._cache_strides(cache, batch),
@@ -325,13 +325,13 @@ class TritonLayer:
             self._steps[key] = step
         return step
 
-    def _join_plan(self, max_query_len: int, cache_dtype: torch.dtype) -> tuple[Plan, bool]:
+    def _merge_plan(self, max_query_len: int, cache_dtype: torch.dtype) -> tuple[Plan, bool]:
         """Sizes for a batch, and whether one tile holds all queries of any request."""
         heads, pattern, hardware = self._heads, self._pattern, self._workspace.hardware
         plan = decode_plan(heads, pattern, cache_dtype, hardware, decode_rows(heads, max_query_len))
         if max_query_len <= plan.queries:
             return plan, True
-        return join_plan(heads, pattern, cache_dtype, hardware), False
+        return merge_plan(heads, pattern, cache_dtype, hardware), False
 
     def _attend_short(
         self,

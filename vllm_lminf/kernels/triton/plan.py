@@ -14,7 +14,7 @@ What a step costs, for heads of ``d`` dimensions, ``w`` keys in the window, elem
   reads 1 byte for 128 flops, from the L2 cache mostly. Two tiles of keys are on their way while
   one is computed on, hence three stages: with two, a copy would begin when its tile is due.
   Shared memory that a device hasn't costs stages first, then keys of a tile.
-- The global branch adds ``n_global`` keys to ``w``, and turns the tile of queries once.
+- The global branch adds ``n_global`` keys to ``w``, and rotates the tile of queries once.
 """
 
 from collections.abc import Iterator
@@ -111,7 +111,7 @@ def decode_rows(heads: Heads, max_query_len: int) -> int:
 
 
 def _global_keys(pattern: LambdaPattern) -> int:
-    """All at once, up to some number: a tile of queries is turned for every tile of keys."""
+    """All at once, up to some number: a tile of queries is rotated for every tile of keys."""
     return max(_MIN_ROWS, min(_MOST_GLOBAL_KEYS, power_of_two(pattern.n_global)))
 
 
@@ -173,12 +173,12 @@ def _fitted(plan: Plan, heads: Heads, cache_dtype: torch.dtype, room: int, tiles
     return replace(plan, keys=keys, num_stages=stages)
 
 
-def join_plan(
+def merge_plan(
     heads: Heads, pattern: LambdaPattern, cache_dtype: torch.dtype, hardware: Hardware
 ) -> Plan:
     """For the global branch alone, of requests of any number of queries.
 
-    Smaller tiles than for prefill: the queries, their partners and what is joined into are all in
+    Smaller tiles than for prefill: the queries, their partners and the window's result are all in
     registers at once.
     """
     plan = prefill_plan(heads, pattern, cache_dtype, hardware)

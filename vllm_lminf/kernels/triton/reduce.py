@@ -1,4 +1,5 @@
-"""Joins what several programs computed of one tile's keys, in the order of the keys."""
+"""Merges the attention states that several programs computed of one tile's keys (split-KV), in the
+order of the keys."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -45,7 +46,7 @@ def reduce_kernel(
     first = program.to(tl.int64) * num_rows + row * GROUP + head % GROUP
     largest = NOTHING
     total = 0.0
-    joint = tl.zeros((DIMS,), tl.float32)
+    merged = tl.zeros((DIMS,), tl.float32)
     for start in range(0, num_splits, TOGETHER):
         splits = start + tl.arange(0, TOGETHER)
         there = splits < num_splits
@@ -57,8 +58,8 @@ def reduce_kernel(
         weights = tl.exp2(lse - new_largest)
         shrink = tl.exp2(largest - new_largest)
         total = total * shrink + tl.sum(weights, axis=0)
-        joint = joint * shrink + tl.sum(results * weights[:, None], axis=0)
+        merged = merged * shrink + tl.sum(results * weights[:, None], axis=0)
         largest = new_largest
     place = (row_start + row).to(tl.int64) * stride_output_token + head * stride_output_head
-    joint = (joint / total).to(output.dtype.element_ty)
-    tl.store(output + place + dims, joint, mask=dims < HEAD_SIZE)
+    merged = (merged / total).to(output.dtype.element_ty)
+    tl.store(output + place + dims, merged, mask=dims < HEAD_SIZE)

@@ -1,53 +1,49 @@
 """Makes Triton's interpreter round and multiply as GPUs do."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-_NARROW = {
+_TYPES = {
+    tl.float32: torch.float32,
+    tl.float16: torch.float16,
     tl.bfloat16: torch.bfloat16,
     tl.float8e4nv: torch.float8_e4m3fn,
     tl.float8e5: torch.float8_e5m2,
 }
-_TYPES = {tl.float16: torch.float16, tl.float32: torch.float32, **_NARROW}
 
 
-def _to_torch(handle: TensorHandle) -> torch.Tensor:
-    data, dtype = np.ascontiguousarray(handle.data), _TYPES[handle.dtype.scalar]
-    bits = torch.from_numpy(data.view(f"int{8 * data.itemsize}"))
-    return bits.view(dtype)
-
-
-def _from_torch(x: torch.Tensor, dtype: tl.dtype) -> TensorHandle:
-    storage = interpreter._get_np_dtype(dtype)
-    bits = x.to(_TYPES[dtype]).view(getattr(torch, f"int{8 * storage.itemsize}"))
-    return TensorHandle(bits.numpy().view(storage), dtype)
+def _convert(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: object) -> np.ndarray:
+    """Converts by way of torch; returns bits, as the function that it replaces."""
+    x = torch.from_numpy(np.ascontiguousarray(data)).view(_TYPES[source]).to(_TYPES[target])
+    return x.view(getattr(torch, f"int{8 * x.itemsize}")).numpy()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def faithful_interpreter() -> Iterator[None]:
-    """The interpreter cuts digits off where GPUs round to bfloat16 and float8, and multiplies the
-    bit patterns of bfloat16 as integers. Conversions go through torch instead."""
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    """Two faults of Triton 3.8's interpreter are repaired:
 
-    def convert(self, src, dst_type, rounding_mode=None):  # type: ignore[no-untyped-def]
-        types = {src.dtype.scalar, dst_type.scalar}
-        if types <= _TYPES.keys() and types & _NARROW.keys():
-            return _from_torch(_to_torch(src).float(), dst_type.scalar)
-        return cast(self, src, dst_type)
+    - Conversions to bfloat16 cut digits off, those to float8 round wrongly (triton-lang/triton
+      issue 8322, "triton.language.cast from float16 to float8e5 produces different output when
+      TRITON_INTERPRET=1").
+    - Products of bfloat16 are formed of its bit patterns (issue 11584, "Interpreter: `tl.dot` on
+      bfloat16 inputs multiplies the raw bit patterns"; closed: the interpreter doesn't support
+      bfloat16 yet).
+    """
+    dot = interpreter.InterpreterBuilder.create_dot
 
-    def multiply(self, a, b, d, *precision):  # type: ignore[no-untyped-def]
+    def multiply(self: Any, a: Any, b: Any, *arguments: Any) -> Any:
         if a.dtype.scalar == tl.bfloat16:
-            a, b = (_from_torch(_to_torch(x).float(), tl.float32) for x in (a, b))
-        return dot(self, a, b, d, *precision)
+            data = (_convert(x.data, tl.bfloat16, tl.float32, None) for x in (a, b))
+            a, b = (interpreter.TensorHandle(x.view(np.float32), tl.float32) for x in data)
+        return dot(self, a, b, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "cast_impl", convert)
-        patch.setattr(InterpreterBuilder, "create_fp_to_fp", convert)
-        patch.setattr(InterpreterBuilder, "create_dot", multiply)
+        patch.setattr(interpreter, "_convert_float", _convert)
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", multiply)
         yield

@@ -21,7 +21,7 @@ from tests.kernels.triton.cases import (
     rules_case,
     rules_of,
 )
-from vllm_lminf.kernels.base import DeviceBatch, Heads
+from vllm_lminf.kernels.base import DeviceBatch, Heads, PagedCache
 from vllm_lminf.kernels.triton import plan as plan_module
 from vllm_lminf.kernels.triton.plan import Plan, decode_plan, prefill_plan
 from vllm_lminf.pattern import LambdaPattern
@@ -145,7 +145,7 @@ def test_every_boundary(pattern: tuple[int, int, int], block_size: int, small_ti
 def test_any_number_of_splits(
     splits: int, small_tiles: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fewer than a request has tiles, and more; as many as are joined at a time, and more. One
+    """Fewer than a request has tiles, and more; as many as are merged at a time, and more. One
     request fills its tile of 8 queries, one has more and is not split."""
     monkeypatch.setattr(plan_module, "num_splits", lambda *_: splits)
     requests = ((400, 1), (3, 1), (350, 8), (330, 9), (0, 2))
@@ -222,6 +222,17 @@ class TestRowsAndStrides:
         both = torch.full((num_blocks, num_kv_heads, 2, block_size, head_size), torch.nan)
         halves = dataclasses.replace(cache, key=both[:, :, 0], value=both[:, :, 1])
         assert torch.equal(batch.run_triton(torch.float32, cache=halves), expected)
+
+    def test_dimensions_that_a_head_does_not_have(self) -> None:
+        """Tiles are as wide as a power of two: what lies behind a head's last dimension, NaN here,
+        isn't read."""
+        case = Case("mixed", ((300, 1), (20, 9), (0, 5)), head_size=24, pattern=(10, 150, 170))
+        batch = make_batch(case)
+        expected = batch.run_triton(torch.float32)
+        blocks, heads, tokens, dims = batch.empty_cache(torch.float32).key.shape
+        wide = torch.full((2, blocks, heads, tokens, 2 * dims), torch.nan)
+        cache = PagedCache(*wide[..., :dims])
+        assert torch.equal(batch.run_triton(torch.float32, cache=cache), expected)
 
     def test_rows_that_lie_apart_and_padding(self, batch: Batch) -> None:
         """Queries are slices of a wider projection; rows past the batch stay as they are."""

@@ -1,4 +1,4 @@
-"""FlashAttention's window with the prefix joined in by the real kernel, interpreted.
+"""FlashAttention's window with the prefix merged in by the real kernel, interpreted.
 
 A CPU has no FlashAttention: `flash_attn_varlen_func` stands in for it, by its documentation.
 """

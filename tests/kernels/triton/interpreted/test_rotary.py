@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.batches import TABLE_ERROR, make_rotary, turn
 from tests.test_rope import POSITIONS, THETAS, exact_angle
-from vllm_lminf.kernels.triton.rotary import turn_heads
+from vllm_lminf.kernels.triton.rotary import rotary_embedding
 from vllm_lminf.rope import RotarySpec, RotationTables
 
 SHAPES = {
@@ -29,8 +29,8 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tables, head_size = RotationTables(spec.inv_freq).tables, query.shape[-1]
     arguments = tables, head_size, spec.is_neox_style, spec.magnitude
-    turned = turn_heads(positions, query, key, *arguments)
-    by_operator = torch.ops.lminf.turn_heads(positions, query, key, *arguments)
+    turned = rotary_embedding(positions, query, key, *arguments)
+    by_operator = torch.ops.lminf.rotary_embedding(positions, query, key, *arguments)
     assert all(torch.equal(a, b) for a, b in zip(turned, by_operator, strict=True))
     return turned
 
@@ -89,19 +89,19 @@ def test_slices_and_flat_heads(is_neox_style: bool) -> None:
     qkv = torch.randn(3, 8 * 32)
     query, key, _ = qkv.split([4 * 32, 2 * 32, 2 * 32], dim=-1)
     before = qkv.clone()
-    turned_query, turned_key = turn_heads(positions, query, key, tables, *arguments)
+    turned_query, turned_key = rotary_embedding(positions, query, key, tables, *arguments)
     assert torch.equal(qkv, before), "out of place"
     assert turned_query.shape == query.shape
     assert turned_query.is_contiguous()
     assert turned_key.is_contiguous()
     for x, turned in ((query, turned_query), (key, turned_key)):
         heads = x.reshape(3, -1, 32).contiguous()
-        expected, _ = turn_heads(positions, heads, None, tables, *arguments)
+        expected, _ = rotary_embedding(positions, heads, None, tables, *arguments)
         assert torch.equal(turned.view_as(expected), expected)
     # A memory order in which a head's dimensions lie apart.
     apart = torch.randn(3, 32, 4).transpose(1, 2)
-    turned, _ = turn_heads(positions, apart, None, tables, *arguments)
-    expected, _ = turn_heads(positions, apart.contiguous(), None, tables, *arguments)
+    turned, _ = rotary_embedding(positions, apart, None, tables, *arguments)
+    expected, _ = rotary_embedding(positions, apart.contiguous(), None, tables, *arguments)
     assert torch.equal(turned, expected)
 
 
@@ -113,14 +113,14 @@ def test_positions_of_padding_read_the_tables_only() -> None:
     tables = storage[4096:8192]
     tables.copy_(RotationTables(spec.inv_freq).tables)
     positions = torch.tensor([-1, -(2**31), 2**31, 2**40 + 3, -(2**40), 2**62])
-    turned, _ = turn_heads(positions, torch.randn(6, 2, 16), None, tables, 16, True, 1.0)
+    turned, _ = rotary_embedding(positions, torch.randn(6, 2, 16), None, tables, 16, True, 1.0)
     assert turned.isfinite().all()
 
 
 def test_no_tokens() -> None:
     tables = RotationTables(make_rotary(16).inv_freq).tables
     query, key = torch.empty(0, 4 * 16), torch.empty(0, 2 * 16)
-    turned = turn_heads(torch.empty(0, dtype=torch.int64), query, key, tables, 16, True, 1.0)
+    turned = rotary_embedding(torch.empty(0, dtype=torch.int64), query, key, tables, 16, True, 1.0)
     assert [x.shape for x in turned] == [query.shape, key.shape]
 
 
@@ -131,5 +131,5 @@ def test_the_operator_keeps_torchs_rules() -> None:
     query, key = torch.randn(3, 4 * 16), torch.randn(3, 6 * 16)[:, 16:48]
     for arguments in ((query, key), (query, None)):
         torch.library.opcheck(
-            torch.ops.lminf.turn_heads, (positions, *arguments, tables, 16, True, 1.0)
+            torch.ops.lminf.rotary_embedding, (positions, *arguments, tables, 16, True, 1.0)
         )

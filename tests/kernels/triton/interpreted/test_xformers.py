@@ -20,7 +20,7 @@ from tests.kernels.triton.cases import exact_and_tolerance
 from tests.kernels.triton.interpreted import block_pointers
 from tests.kernels.xformers_batches import by_id, far_by_id, make_layer, near, run
 from vllm_lminf.kernels.base import DeviceBatch, PagedCache, ScoreRules
-from vllm_lminf.kernels.xformers_plan import Operators
+from vllm_lminf.kernels.xformers_plan import Operators, make_plan
 
 DTYPE = torch.float16
 
@@ -209,7 +209,6 @@ def test_decoding_asks_the_device_for_nothing(monkeypatch: pytest.MonkeyPatch) -
     """What would wait for a device, or read its memory on the host, isn't called."""
     batch = make_batch(Case("drafts", ((120, 8), (20, 1)), heads=(2, 1), head_size=16))
     told = batch.device_batch()
-    make_plan = make_layer(batch, DTYPE, None, OPERATORS)._planning.make_plan
 
     def forbidden(*_: object) -> None:
         raise AssertionError("this waits for the device")
@@ -218,5 +217,5 @@ def test_decoding_asks_the_device_for_nothing(monkeypatch: pytest.MonkeyPatch) -
     rotation.tables.leading(16)  # Computed once.
     for name in ("tolist", "item", "cpu", "__bool__", "__int__", "nonzero", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, forbidden)
-    plan = make_plan(told, 9, batch.pattern, rotation, 16, 1, OPERATORS)
-    assert [part.rows for part in plan.parts] == [None, None]
+    parts = make_plan(told, 9, batch.pattern, rotation, 1, 16, 1, OPERATORS)
+    assert [part.rows for part in parts] == [None, None]

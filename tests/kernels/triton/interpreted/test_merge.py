@@ -1,4 +1,4 @@
-"""The global branch and the sinks, joined into a window attention that is finished."""
+"""The global branch and the sinks, merged into a window attention that is finished."""
 
 import pytest
 import torch
@@ -21,14 +21,14 @@ CASES = [
 ]
 
 
-def join(
+def merge(
     batch: Batch, rules: ScoreRules, output: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layer = batch.triton_layer(torch.float32, rules)
     cache = batch.empty_cache(torch.float32)
     batch.fill(layer, cache, torch.float32)
     output, lse = output.float(), lse.float().contiguous()
-    layer.join_global_branch(batch.query(torch.float32), cache, batch.device_batch(), output, lse)
+    layer.merge_global_branch(batch.query(torch.float32), cache, batch.device_batch(), output, lse)
     return output, lse
 
 
@@ -37,7 +37,7 @@ def test_the_oracle(case: Case) -> None:
     batch = make_batch(case)
     rules = ScoreRules(batch.scale)
     exact, tolerance = exact_and_tolerance(batch, torch.float32)
-    output, lse = join(batch, rules, *window_attention(batch, rules))
+    output, lse = merge(batch, rules, *window_attention(batch, rules))
     assert_close(output, exact, tolerance)
     # A log-sum-exp of size 8 holds two roundings of its own and those of scores of size 5.
     assert_close(lse, log_sum_exp(batch, rules), 32 * torch.finfo(torch.float32).eps)
@@ -48,7 +48,7 @@ def test_rules(names: str) -> None:
     batch = make_batch(rules_case(names, (20, 37, 90)))
     rules = rules_of(names, batch)
     exact, tolerance = exact_and_tolerance(batch, torch.float32, rules)
-    output, lse = join(batch, rules, *window_attention(batch, rules))
+    output, lse = merge(batch, rules, *window_attention(batch, rules))
     assert_close(output, exact, tolerance)
     # The largest sink is 40.
     assert_close(lse, log_sum_exp(batch, rules), 128 * torch.finfo(torch.float32).eps)
@@ -60,9 +60,9 @@ def test_far_positions(case: Case) -> None:
     batch = make_batch(case)
     full = batch.run_triton(torch.float32)
     window, lse = window_of_far(batch)
-    output, _ = join(batch, ScoreRules(batch.scale), window, lse)
+    output, _ = merge(batch, ScoreRules(batch.scale), window, lse)
     assert_close(output, full, 3e-6)
-    assert (window - full).abs().max() > 1e-3, "nothing was there to join"
+    assert (window - full).abs().max() > 1e-3, "nothing was there to merge"
 
 
 def window_of_far(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +87,6 @@ def test_nothing_behind_the_window_changes_nothing() -> None:
     """Not a bit, where no query sees a global key behind its window."""
     batch = make_batch(Case("mixed", ((40, 8), (0, 30), (47, 1))))
     output, lse = window_attention(batch, ScoreRules(batch.scale))
-    joint, joint_lse = join(batch, ScoreRules(batch.scale), output, lse)
-    assert torch.equal(joint, output.float())
-    assert torch.equal(joint_lse, lse.float())
+    merged, merged_lse = merge(batch, ScoreRules(batch.scale), output, lse)
+    assert torch.equal(merged, output.float())
+    assert torch.equal(merged_lse, lse.float())

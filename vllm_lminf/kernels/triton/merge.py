@@ -1,4 +1,5 @@
-"""Adds the global keys behind the window, and the sinks, to a window attention that is finished."""
+"""Merges a finished window attention with the global keys behind the window, and the sinks, by
+log-sum-exp (merging of attention states, arXiv 2501.01005)."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # ruff: noqa: SIM102  what is known at compile time has a condition of its own
@@ -19,7 +20,7 @@ from vllm_lminf.kernels.triton.tiles import request_of_tile
     ],
     do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "block_table", "lse"],
 )  # fmt: skip
-def join_kernel(
+def merge_kernel(
     query, key, value, output, lse,
     query_start_loc, seq_lens, block_table, angles, slopes, sinks, key_scale, value_scale,
     scale, num_requests,
@@ -36,7 +37,7 @@ def join_kernel(
     """One tile of rows; grid (tiles, key heads). Arguments as those of `attention_kernel`.
 
     Args:
-        output: the window's result, replaced by the joint one.
+        output: the window's result, replaced by the merged one.
         lse: float32 [heads, tokens], the window's log-sum-exp, replaced likewise.
         IS_DECODE: one tile holds all queries of any request.
     """
@@ -100,6 +101,6 @@ def join_kernel(
     result = weighted / total[:, None]
     if value_scale is not None:
         result *= tl.load(value_scale)
-    joint = (largest + tl.log2(total)) / LOG2_E
+    merged = (largest + tl.log2(total)) / LOG2_E
     tl.store(output_row[:, None] + dims[None, :], result.to(output.dtype.element_ty), present)
-    tl.store(lse_place, joint, mask=valid)
+    tl.store(lse_place, merged, mask=valid)
