@@ -365,7 +365,7 @@ def notes(data: dict[str, Any]) -> list[str]:
         lines.append(
             f"Achieved in this run: {achieved['GB/s']:.3g} GB/s, the better of reading and "
             f"copying, and {achieved['GFLOP/s']:.3g} GFLOP/s in a product of matrices in "
-            f"{setting['dtype']}. Times are the device's own, its L2 cache flushed before every call."
+            f"{setting['dtype']}. Times are the device's, its L2 cache flushed before every call."
         )
     absent = pd.DataFrame(data["absent"])
     if len(absent):
