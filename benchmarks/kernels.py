@@ -268,21 +268,19 @@ def measure_rotation(
     error = relative_error(turned, expected)
     check(f"the rotation of {tokens} tokens, heads {shape}", error, ROTATION_TOLERANCES[dtype])
     case = {"heads": str(shape), "tokens": tokens, "error": error}
+    runs = {"vLLM": step(own, ROTATED_LAYERS), "LMINF": step(exact, ROTATED_LAYERS)}
     return [
-        {**case, **record, "seconds": record["seconds"] / ROTATED_LAYERS}
-        for record in timing(
-            {n: step(m, ROTATED_LAYERS) for n, m in {"vLLM": own, "LMINF": exact}.items()}
-        )
+        {**case, **record, "seconds": record["seconds"] / ROTATED_LAYERS} for record in timing(runs)
     ]
 
 
-def measure_device(device: torch.device, probe_bytes: int, timing: Timing) -> list[dict[str, Any]]:
+def measure_device(setting: Setting, probe_bytes: int, timing: Timing) -> list[dict[str, Any]]:
     """What the device achieves at reading and copying so many bytes, and at multiplying matrices
-    in bfloat16."""
-    source = torch.ones(probe_bytes // 4, dtype=torch.float32, device=device)
+    in the run's dtype."""
+    source = torch.ones(probe_bytes // 4, dtype=torch.float32, device=setting.device)
     target = torch.empty_like(source)
     side = int((probe_bytes // 16) ** 0.5)
-    matrix = torch.randn(side, side, device=device).to(torch.bfloat16)
+    matrix = torch.randn(side, side, device=setting.device).to(setting.dtype)
     runs: dict[str, Run] = {
         READ: source.sum,
         COPY: lambda: target.copy_(source),
@@ -314,9 +312,8 @@ def ratios(data: dict[str, Any]) -> dict[str, pd.Series]:
     found = {f"{name} / {base}": frame[name] / frame[base] for name in own}
     found |= {f"{SHOWN} / {name}": frame[SHOWN] / frame[name] for name in rest}
     if set(PARTS) <= set(frame.columns):
-        found["mixed / sum of its parts"] = frame[SHOWN] / frame[list(PARTS)].sum(
-            axis=1, skipna=False
-        )
+        parts = frame[PARTS[0]] + frame[PARTS[1]]
+        found["mixed / sum of its parts"] = frame[SHOWN] / parts
     return found
 
 
@@ -367,8 +364,8 @@ def notes(data: dict[str, Any]) -> list[str]:
     if achieved:
         lines.append(
             f"Achieved in this run: {achieved['GB/s']:.3g} GB/s, the better of reading and "
-            f"copying, and {achieved['GFLOP/s']:.3g} GFLOP/s in a product of matrices. Times are "
-            "the device's own, its L2 cache flushed before every call."
+            f"copying, and {achieved['GFLOP/s']:.3g} GFLOP/s in a product of matrices in "
+            f"{setting['dtype']}. Times are the device's, its L2 cache flushed before every call."
         )
     absent = pd.DataFrame(data["absent"])
     if len(absent):
@@ -480,7 +477,7 @@ def main(argv: list[str] | None = None) -> None:
             for shape, tokens in rotations:
                 measured.rotations += measure_rotation(shape, tokens, setting.dtype, timing)
         else:
-            measured.achieved = measure_device(device, 2**12 if args.small else 2**30, timing)
+            measured.achieved = measure_device(setting, 2**12 if args.small else 2**30, timing)
     names = ("window", "dtype", "block_size", "rounds")
     where = f"{torch.get_num_threads()} threads of {machine()['cpu']}"
     data = {
