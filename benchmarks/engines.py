@@ -377,7 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     # The engines run in this process: on few cores vLLM's scheduler would take one from the model.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.pop("VLLM_ATTENTION_BACKEND", None)  # it would select LMINF for both
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Its warnings are of the tokenizer that is left out, and of threads: a screenful an engine.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import torch
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
