@@ -171,7 +171,7 @@ def test_tables_of_who_is_there() -> None:
 
 @pytest.fixture(scope="module")
 def stage() -> Stage:
-    return Stage.of(Layer(on_cpu()), 64)
+    return Stage(Layer(on_cpu()), 64)
 
 
 class TestBatch:

@@ -24,15 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from packaging.version import Version
 
-from vllm_lminf.kernels.base import (
-    DeviceBatch,
-    Heads,
-    PagedCache,
-    Rotation,
-    ScoreRules,
-    Situation,
-)
-from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.kernels.base import DeviceBatch, LayerConfig, PagedCache
+from vllm_lminf.kernels.triton.layer import TritonCacheKernel
 from vllm_lminf.rope import rotate
 
 if TYPE_CHECKING:
@@ -46,51 +39,6 @@ _HEAD_SIZES = (16, 32, 64, 128, 256)
 
 _LAST_WITH_BLOCK_POINTERS = "0.0.35"
 _FIRST_TRITON_WITHOUT = (3, 9)
-
-
-def reasons_against(situation: Situation) -> list[str]:
-    """Why xformers can't run a layer; empty where it can."""
-    reasons = []
-    heads, capability = situation.heads, situation.capability
-    if situation.device_type != "cuda":
-        reasons.append(f"xformers runs on CUDA devices, not on {situation.device_type!r}")
-    elif capability is None:
-        reasons.append(
-            "xformers is used with its operators for NVIDIA's devices alone: choose kernel triton"
-        )
-    elif capability < (8, 0):
-        reasons.append(
-            f"compute capability {capability[0]}.{capability[1]}: xformers' operators take 8.0 "
-            "and newer"
-        )
-    if heads.dtype not in _DTYPES:
-        reasons.append(
-            f"{heads.dtype}: xformers' operators take float16 and bfloat16; choose --dtype "
-            "bfloat16, or kernel triton"
-        )
-    if situation.cache_dtype != heads.dtype:
-        reasons.append(
-            f"a cache of {situation.cache_dtype}: xformers' operators take a cache of the model's "
-            "own dtype; choose --kv-cache-dtype auto, or kernel triton"
-        )
-    if heads.head_size not in _HEAD_SIZES:
-        sizes = ", ".join(map(str, _HEAD_SIZES))
-        reasons.append(
-            f"heads of {heads.head_size} dimensions: xformers' operators take {sizes}; choose "
-            "kernel triton"
-        )
-    if situation.block_size % 16 != 0:
-        reasons.append(
-            f"blocks of {situation.block_size} tokens: xformers' operators take multiples of 16; "
-            "set --block-size 16"
-        )
-    for present, what in (
-        (situation.has_softcap, "a soft-cap on scores"),
-        (situation.has_alibi, "ALiBi"),
-    ):
-        if present:
-            reasons.append(f"{what}: xformers' operators have none; choose kernel triton")
-    return reasons + _library_reasons()
 
 
 def _flash_attn_reasons() -> list[str]:
@@ -136,44 +84,69 @@ def _library_reasons() -> list[str]:
     return _flash_attn_reasons()
 
 
-def temporary_bytes(situation: Situation, num_tokens: int, max_requests: int) -> int:
-    """What a step allocates for a while, at the most: every request in prefill, and far out, so
-    that each one's window and prefix are copied."""
-    heads, pattern = situation.heads, situation.pattern
-    requests = max(1, min(max_requests, num_tokens // FEW_QUERIES))
-    keys = num_tokens + requests * (pattern.n_local - 1)
-    prefix = requests * (pattern.n_global + 63)
-    key_bytes = 2 * heads.num_kv_heads * heads.head_size * heads.dtype.itemsize
-    # Copies, and their places of three numbers; global keys are turned in float32.
-    copies = keys * (key_bytes + 24) + prefix * (3 * key_bytes + 24)
-    # Queries, turned in float32, and parts of the result with what joins them in float32.
-    row_bytes = heads.num_heads * heads.head_size * (4 * heads.dtype.itemsize + 4 * 4)
-    return copies + num_tokens * row_bytes
-
-
-class XformersLayer:
-    """What a layer does with its cache.
-
-    Args:
-        heads: the layer's.
-        pattern: its Λ.
-        rules: how its products become scores.
-        rotation: the model's RoPE, or None where nothing is rotated.
-        operators: what to compute with; xformers' own choice if left out.
+class XformersKernel(TritonCacheKernel):
+    """See the module. For prefill it has to know lengths on the host, so no step is captured.
 
     Raises:
         ValueError: a rule isn't served.
         RuntimeError: the installed xformers can't be imported, or has no operator for prefill.
     """
 
-    def __init__(
-        self,
-        heads: Heads,
-        pattern: LambdaPattern,
-        rules: ScoreRules,
-        rotation: Rotation | None,
-        operators: "Operators | None" = None,
-    ) -> None:
+    @classmethod
+    def unsupported_reasons(cls, layer: LayerConfig) -> list[str]:
+        heads, capability, block_size = layer.heads, layer.capability, layer.block_size
+        on_cuda = layer.device.type == "cuda"
+        sizes = ", ".join(map(str, _HEAD_SIZES))
+        table = (
+            (not on_cuda, f"xformers runs on CUDA devices, not on {layer.device.type!r}"),
+            (
+                on_cuda and capability is None,
+                "xformers is used with its operators for NVIDIA's devices alone: choose kernel "
+                "triton",
+            ),
+            (
+                on_cuda and capability is not None and capability < (8, 0),
+                "compute capability {}.{}: xformers' operators take 8.0 and newer".format(
+                    *capability or (0, 0)
+                ),
+            ),
+            (
+                heads.dtype not in _DTYPES,
+                f"{heads.dtype}: xformers' operators take float16 and bfloat16; choose --dtype "
+                "bfloat16, or kernel triton",
+            ),
+            (
+                layer.cache_dtype != heads.dtype,
+                f"a cache of {layer.cache_dtype}: xformers' operators take a cache of the model's "
+                "own dtype; choose --kv-cache-dtype auto, or kernel triton",
+            ),
+            (
+                heads.head_size not in _HEAD_SIZES,
+                f"heads of {heads.head_size} dimensions: xformers' operators take {sizes}; choose "
+                "kernel triton",
+            ),
+            (
+                block_size % 16 != 0,
+                f"blocks of {block_size} tokens: xformers' operators take multiples of 16; set "
+                "--block-size 16",
+            ),
+            (
+                layer.rules.softcap is not None,
+                "a soft-cap on scores: xformers' operators have none; choose kernel triton",
+            ),
+            (
+                layer.rules.alibi_slopes is not None,
+                "ALiBi: xformers' operators have none; choose kernel triton",
+            ),
+        )
+        return [reason for applies, reason in table if applies] + _library_reasons()
+
+    def __init__(self, layer: LayerConfig, operators: "Operators | None" = None) -> None:
+        """
+        Args:
+            layer: the layer.
+            operators: what to compute with; xformers' own choice if left out.
+        """
         # xformers is looked for where it is needed, and nowhere else.
         try:
             from vllm_lminf.kernels import xformers_plan
@@ -182,33 +155,46 @@ class XformersLayer:
                 f"kernel 'xformers': the installed xformers can't be imported ({error}); mend what "
                 "is named, or choose kernel triton"
             ) from error
+        heads, rules = layer.heads, layer.rules
         if rules.softcap is not None or rules.alibi_slopes is not None:
             raise ValueError("xformers' operators serve neither a soft-cap nor ALiBi")
+        super().__init__(layer)
         self._planning = xformers_plan
         self._operators = operators or xformers_plan.default_operators()
-        self._heads = heads
         self._group = heads.num_heads // heads.num_kv_heads
-        self._pattern = pattern
-        self._rotation = rotation
+        self._pattern = layer.pattern
+        self._rotation = layer.far_rotation
         self._scale = float(rules.scale)
         self._sinks = None
         if rules.sinks is not None:
             self._sinks = rules.sinks.detach().view(1, heads.num_kv_heads, self._group, 1)
 
-    def lambda_attention(
+    def temporary_bytes(self, num_tokens: int, max_requests: int) -> int:
+        """At the most: every request in prefill, and far out, so that each one's window and prefix
+        are copied."""
+        heads, pattern = self._heads, self._pattern
+        requests = max(1, min(max_requests, num_tokens // FEW_QUERIES))
+        keys = num_tokens + requests * (pattern.n_local - 1)
+        prefix = requests * (pattern.n_global + 63)
+        key_bytes = 2 * heads.num_kv_heads * heads.head_size * heads.dtype.itemsize
+        # Copies, and their places of three numbers; global keys are turned in float32.
+        copies = keys * (key_bytes + 24) + prefix * (3 * key_bytes + 24)
+        # Queries, turned in float32, and parts of the result with what joins them in float32.
+        row_bytes = heads.num_heads * heads.head_size * (4 * heads.dtype.itemsize + 4 * 4)
+        return copies + num_tokens * row_bytes
+
+    def attend(
         self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
     ) -> None:
-        """Attention of a batch of requests, prefill and decode mixed freely.
+        """See `Kernel`.
 
         Args:
-            query: rotated by its true position; shape [num_tokens, num_heads, head_size]; rows
-                past the last request's are padding.
-            cache: the keys and values, those of this step included, in any memory order in which
-                tokens are evenly spaced from block to block, see `xformers_plan.Pages`. The slots
-                before a window, in the block where it starts, hold finite numbers: they are the
-                request's own.
-            batch: the batch.
-            output: written in place; of query's shape.
+            query: see `Kernel`.
+            cache: likewise, in any memory order in which tokens are evenly spaced from block to
+                block, see `xformers_plan.Pages`. The slots before a window, in the block where it
+                starts, hold finite numbers: they are the request's own.
+            batch: see `Kernel`.
+            output: likewise.
 
         Raises:
             ValueError: the cache's memory order isn't served.
@@ -237,16 +223,9 @@ class XformersLayer:
         output.copy_(joint.finished(self._sinks).view(output.shape))
 
     def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
-        """Compiles and loads what `lambda_attention` can launch for any number of requests.
-
-        Requests stand at position 0 of the cache's first block, which belongs to nobody: what is
-        read there is used for nothing.
-
-        Args:
-            cache: the layer's.
-            max_requests: no batch has more requests.
-            max_query_len: no request has more queries.
-        """
+        """See `Kernel`. Requests stand at position 0 of the cache's first block, which belongs to
+        nobody: what is read there is used for nothing."""
+        super().warm_up(cache, max_requests, max_query_len)
         heads, device = self._heads, cache.key.device
         few = [1 << n for n in range((max_requests - 1).bit_length() + 1)]
         for requests, queries in [*((n, 1) for n in few), (1, min(max_query_len, FEW_QUERIES + 1))]:
@@ -256,7 +235,7 @@ class XformersLayer:
             start = torch.arange(0, rows + 1, queries, dtype=torch.int32, device=device)
             lens = torch.full_like(start[1:], queries)
             table = torch.zeros_like(lens[:, None])
-            self.lambda_attention(query, cache, DeviceBatch(start, lens, table, queries), output)
+            self.attend(query, cache, DeviceBatch(start, lens, table, queries), output)
 
     def _plan(
         self, batch: DeviceBatch, num_tokens: int, block_size: int, pages_per_block: int
@@ -303,7 +282,7 @@ class _Joint:
         self._lse: Any = None
 
     def add(self, part: "Part", result: torch.Tensor, lse: torch.Tensor) -> None:
-        """Adds a part's attention; see `XformersLayer._attend`."""
+        """Adds a part's attention; see `XformersKernel._attend`."""
         from xformers.ops.fmha import merge_attentions
 
         if self._result is None and part.rows is None:

@@ -166,7 +166,7 @@ def measure(job: DeviceJob, answers: Answers) -> DeviceResult:
     layer = Layer(job)
     clock = Clock(layer.device)
     achieved = measure_device(layer, job, clock, on_step)
-    stage, cases = Stage.of(layer, job.window), []
+    stage, cases = Stage(layer, job.window), []
     for case in job.cases:
         answers.send("phase", text=f"{case.kind}, {case.requests} × {case.queries}, {case.length}")
         cases.append(measure_case(case, stage, job, clock, on_step))

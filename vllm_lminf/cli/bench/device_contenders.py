@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
@@ -19,9 +19,7 @@ from vllm_lminf.cli.bench.device_data import Batch, Layer
 from vllm_lminf.cli.bench.device_job import FLASH, FLEX, FULL, WINDOWED, XFORMERS, triton
 from vllm_lminf.cli.bench.kernel_job import N_GLOBALS, SHOWN_N_GLOBAL
 from vllm_lminf.kernels import base as kernels
-from vllm_lminf.kernels import flash, xformers
-from vllm_lminf.kernels.base import Rotation, ScoreRules
-from vllm_lminf.kernels.triton import layer as triton_layer
+from vllm_lminf.kernels import flash, registry
 from vllm_lminf.pattern import LambdaPattern
 
 
@@ -48,26 +46,26 @@ class Stage:
 
     layer: Layer
     window: int
-    workspace: triton_layer.Workspace
+    shared: dict[Any, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, layer: Layer, window: int) -> Stage:
-        """A stage, with room for the Triton kernels' partial results."""
-        return cls(layer, window, triton_layer.Workspace(heads_of(layer), layer.device))
-
-    def situation(self, pattern: LambdaPattern) -> kernels.Situation:
-        """Where the kernels are to run."""
-        device, capability = self.layer.device.type, None
-        if device == "cuda" and torch.version.hip is None:
+    def layer_config(self, pattern: LambdaPattern) -> kernels.LayerConfig:
+        """What LMINF's kernels are made from."""
+        layer, capability = self.layer, None
+        if layer.device.type == "cuda" and torch.version.hip is None:
             capability = torch.cuda.get_device_capability()
-        return kernels.Situation(
-            device_type=device,
-            capability=capability,
-            heads=heads_of(self.layer),
+        return kernels.LayerConfig(
+            heads=heads_of(layer),
             pattern=pattern,
-            cache_dtype=self.layer.dtype,
-            block_size=self.layer.block_size,
-            has_rotation=True,
+            rules=kernels.ScoreRules(layer.scale),
+            cache_dtype=layer.dtype,
+            block_size=layer.block_size,
+            device=layer.device,
+            capability=capability,
+            rotation=kernels.Rotation(layer.tables, layer.rotary.is_neox_style),
+            flash_attention=kernels.FlashAttentionProvider(
+                _absence_of_flash_attention, lambda _: vllm_flash_attention()
+            ),
+            shared=self.shared,
         )
 
 
@@ -76,6 +74,7 @@ def heads_of(layer: Layer) -> kernels.Heads:
     return kernels.Heads(*layer.heads, layer.dtype)
 
 
+Attend = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Making = Callable[[Batch, Stage], Contender]
 
 
@@ -91,42 +90,43 @@ def makers(batch: Batch) -> Iterator[tuple[str, Making]]:
         yield FULL, _full
 
 
-def _own(
-    batch: Batch, stage: Stage, n_global: int, module: Any, make: Callable[..., Any]
-) -> Contender:
-    """One of LMINF's own layers."""
-    layer = stage.layer
+def _own(batch: Batch, stage: Stage, n_global: int, name: str) -> Contender:
+    """One of LMINF's own kernels."""
     pattern = LambdaPattern(n_global, stage.window, stage.window)
-    if reasons := module.reasons_against(stage.situation(pattern)):
+    config, kernel = stage.layer_config(pattern), registry.kernel_class(name)
+    if reasons := kernel.unsupported_reasons(config) or kernel.unavailable_reasons(config):
         raise AbsentError("; ".join(reasons))
-    rotation = Rotation(layer.tables, layer.rotary.is_neox_style)
-    attention = make(heads_of(layer), pattern, ScoreRules(layer.scale), rotation)
-    output = torch.full_like(batch.query, torch.nan)
+    attention, output = kernel(config), torch.full_like(batch.query, torch.nan)
 
     def run() -> torch.Tensor:
-        attention.lambda_attention(batch.query, batch.cache, batch.told, output)
+        attention.attend(batch.query, batch.cache, batch.told, output)
         return output
 
     return Contender(pattern, run)
 
 
 def _triton(batch: Batch, stage: Stage, n_global: int) -> Contender:
-    make = partial(triton_layer.TritonLayer, workspace=stage.workspace)
-    return _own(batch, stage, n_global, triton_layer, make)
+    return _own(batch, stage, n_global, "triton")
 
 
 def _xformers(batch: Batch, stage: Stage) -> Contender:
-    return _own(batch, stage, SHOWN_N_GLOBAL, xformers, xformers.XformersLayer)
+    return _own(batch, stage, SHOWN_N_GLOBAL, "xformers")
 
 
 def _flash(batch: Batch, stage: Stage) -> Contender:
-    attend = vllm_flash_attention()
-    make = partial(flash.FlashLayer, workspace=stage.workspace, attend=attend)
-    return _own(batch, stage, SHOWN_N_GLOBAL, flash, make)
+    return _own(batch, stage, SHOWN_N_GLOBAL, "flash")
+
+
+def _absence_of_flash_attention() -> list[str]:
+    try:
+        vllm_flash_attention()
+    except AbsentError as error:
+        return [str(error)]
+    return []
 
 
 @cache
-def vllm_flash_attention() -> flash.Attend:
+def vllm_flash_attention() -> Attend:
     """FlashAttention as vLLM ships it, in the newest version for the device.
 
     Raises:
@@ -144,7 +144,7 @@ def vllm_flash_attention() -> flash.Attend:
     for version in (3, 4, 2):
         reason = interface.fa_version_unsupported_reason(version)
         if reason is None:
-            attend: flash.Attend = partial(interface.flash_attn_varlen_func, fa_version=version)
+            attend: Attend = partial(interface.flash_attn_varlen_func, fa_version=version)
             return attend
         reasons.append(reason)
     raise AbsentError("; ".join(reasons))

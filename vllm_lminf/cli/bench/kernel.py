@@ -36,10 +36,9 @@ from vllm_lminf.cli.bench.kernel_job import (
 )
 from vllm_lminf.cli.bench.turns import time_in_turns
 from vllm_lminf.cli.child import Answers, serve_job
+from vllm_lminf.kernels import base as kernels
 from vllm_lminf.kernels import oracle
-from vllm_lminf.kernels.base import ScoreRules
-from vllm_lminf.kernels.cpu.kernel import CpuBatch, CpuLayer
-from vllm_lminf.kernels.reference import far_rotations
+from vllm_lminf.kernels.cpu.kernel import CpuKernel
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.plugin.rotary import ExactRotaryEmbedding, read_spec
 from vllm_lminf.rope import RotarySpec, RotationTables, rotate
@@ -83,7 +82,6 @@ class Sequences:
         )
         self.tables = RotationTables(self.rotary.inv_freq)
         self.scale = heads.head_size**-0.5
-        self.layer = CpuLayer(*heads, self.dtype, ScoreRules(self.scale))
         self.isa: str = _get_attn_isa(self.dtype, BLOCK_SIZE, heads.head_size, "auto")
         self.generator = torch.Generator().manual_seed(0)
         blocks = cdiv(job.length, BLOCK_SIZE)
@@ -96,6 +94,20 @@ class Sequences:
         self._value = self.draw(job.length, heads.num_kv_heads)
         for row in range(count):
             self._write(row)
+
+    def lminf_kernel(self, pattern: LambdaPattern) -> CpuKernel:
+        """LMINF's kernel under a Λ."""
+        return CpuKernel(
+            kernels.LayerConfig(
+                heads=kernels.Heads(*self.heads, self.dtype),
+                pattern=pattern,
+                rules=kernels.ScoreRules(self.scale),
+                cache_dtype=self.dtype,
+                block_size=BLOCK_SIZE,
+                device=torch.device("cpu"),
+                rotation=kernels.Rotation(self.tables, is_neox_style=True),
+            )
+        )
 
     def draw(self, tokens: int, num_heads: int) -> torch.Tensor:
         """Random heads of so many tokens."""
@@ -123,7 +135,8 @@ class Sequences:
         positions = torch.arange(self.length)
         blocks = self.block_table[row, positions // BLOCK_SIZE].to(torch.int64)
         slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
-        self.layer.write_cache(key, value, self.lminf_cache, slots)
+        cache = kernels.PagedCache.of(self.lminf_cache, self.dtype)
+        self.lminf_kernel(LambdaPattern(0, 1, 1)).write_cache(key, value, cache, slots)
         ops.cpu_attn_reshape_and_cache(
             *(key, value, *self.split_vllm_cache(), slots, self.isa),
             k_scale=1.0,
@@ -179,14 +192,15 @@ class Contender:
 def lminf_contender(batch: Batch, pattern: LambdaPattern) -> Contender:
     """LMINF's kernel, given what a step computes once for all layers."""
     sequences, output = batch.sequences, torch.empty_like(batch.query)
-    far = None
-    if pattern.n_global > 0:
-        far = far_rotations(sequences.tables, True, batch.positions, pattern)
-    kernel_batch = CpuBatch(batch.query_start_loc, batch.seq_lens, batch.block_table, pattern, far)
+    kernel = sequences.lminf_kernel(pattern)
+    cache = kernels.PagedCache.of(sequences.lminf_cache, sequences.dtype)
+    longest = int(batch.query_start_loc.diff().max())
+    told = kernels.DeviceBatch(batch.query_start_loc, batch.seq_lens, batch.block_table, longest)
 
     def run() -> None:
-        sequences.layer.lambda_attention(batch.query, sequences.lminf_cache, kernel_batch, output)
+        kernel.attend(batch.query, cache, told, output)
 
+    run()
     return Contender(pattern, run, output)
 
 
