@@ -31,9 +31,6 @@ from vllm_lminf.rope import rotate
 if TYPE_CHECKING:
     from vllm_lminf.kernels.xformers_plan import Operators, Part, Plan
 
-FEW_QUERIES = 8
-"""Up to so many queries of a request are sequences of their own."""
-
 _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_SIZES = (16, 32, 64, 128, 256)
 
@@ -173,7 +170,7 @@ class XformersKernel(TritonCacheKernel):
         """At the most: every request in prefill, and far out, so that each one's window and prefix
         are copied."""
         heads, pattern = self._heads, self._pattern
-        requests = max(1, min(max_requests, num_tokens // FEW_QUERIES))
+        requests = max(1, min(max_requests, num_tokens // self._planning.FEW_QUERIES))
         keys = num_tokens + requests * (pattern.n_local - 1)
         prefix = requests * (pattern.n_global + 63)
         key_bytes = 2 * heads.num_kv_heads * heads.head_size * heads.dtype.itemsize
@@ -228,7 +225,8 @@ class XformersKernel(TritonCacheKernel):
         super().warm_up(cache, max_requests, max_query_len)
         heads, device = self._heads, cache.key.device
         few = [1 << n for n in range((max_requests - 1).bit_length() + 1)]
-        for requests, queries in [*((n, 1) for n in few), (1, min(max_query_len, FEW_QUERIES + 1))]:
+        many = min(max_query_len, self._planning.FEW_QUERIES + 1)
+        for requests, queries in [*((n, 1) for n in few), (1, many)]:
             rows = requests * queries
             shape = 2, rows, heads.num_heads, heads.head_size
             query, output = torch.zeros(shape, dtype=heads.dtype, device=device)

@@ -13,8 +13,10 @@ from xformers.ops import fmha
 from xformers.ops.fmha import attn_bias
 
 from vllm_lminf.kernels.base import DeviceBatch, PagedCache, Rotation
-from vllm_lminf.kernels.xformers import FEW_QUERIES
 from vllm_lminf.pattern import MAX_POSITION, LambdaPattern, cdiv
+
+FEW_QUERIES = 8
+"""Up to so many queries of a request are sequences of their own."""
 
 
 @dataclass(frozen=True)
