@@ -14,17 +14,18 @@ from typing import Any
 import torch
 
 from benchmarks.sequences import N_GLOBALS, SHOWN_N_GLOBAL, Batch, Sequences
-from vllm_lminf.kernels import flash, reference, xformers
 from vllm_lminf.kernels.base import (
     DeviceBatch,
+    FlashAttentionProvider,
     Heads,
+    Kernel,
+    LayerConfig,
     PagedCache,
     Rotation,
     ScoreRules,
-    Situation,
 )
-from vllm_lminf.kernels.cpu.kernel import CpuBatch, CpuLayer
-from vllm_lminf.kernels.triton import layer as triton
+from vllm_lminf.kernels.flash import WindowTable
+from vllm_lminf.kernels.registry import kernel_class
 from vllm_lminf.pattern import LambdaPattern
 
 
@@ -63,6 +64,83 @@ class Contender:
 
 
 Make = Callable[[Batch], Contender]
+Attend = Callable[..., Any]
+"""A ``flash_attn_varlen_func``, its version given."""
+
+
+class _Lminf:
+    """LMINF's kernels on a device's sequences; those of one device share what layers share.
+
+    Args:
+        sequences: what is attended to.
+        name: of the kernel that writes the cache.
+        cache: written here.
+    """
+
+    def __init__(self, sequences: Sequences, name: str, cache: PagedCache) -> None:
+        self._sequences, self._name, self._cache = sequences, name, cache
+        self._shared: dict[Any, Any] = {}
+        writer = self.kernel(name, self.pattern(0))
+        sequences.fill(lambda k, v, slots: writer.write_cache(k, v, cache, slots))
+
+    def pattern(self, n_global: int) -> LambdaPattern:
+        """The Λ with the setting's window."""
+        window = self._sequences.setting.window
+        return LambdaPattern(n_global, window, window)
+
+    def kernel(self, name: str, pattern: LambdaPattern) -> Kernel:
+        """A kernel by its name in the registry.
+
+        Raises:
+            AbsentError: it has reasons against these layers.
+        """
+        sequences, setting = self._sequences, self._sequences.setting
+        shape, capability = sequences.shape, None
+        if setting.device.type == "cuda" and torch.version.hip is None:
+            capability = torch.cuda.get_device_capability()
+        layer = LayerConfig(
+            heads=Heads(shape.num_heads, shape.num_kv_heads, shape.head_size, setting.dtype),
+            pattern=pattern,
+            rules=ScoreRules(sequences.scale),
+            cache_dtype=setting.dtype,
+            block_size=setting.block_size,
+            device=setting.device,
+            capability=capability,
+            rotation=Rotation(sequences.tables, sequences.rotary.is_neox_style),
+            flash_attention=VLLM_FLASH_ATTENTION,
+            shared=self._shared,
+        )
+        found = kernel_class(name)
+        if reasons := found.unsupported_reasons(layer) or found.unavailable_reasons(layer):
+            raise AbsentError("; ".join(reasons))
+        return found(layer)
+
+    def contender(
+        self, batch: Batch, name: str | None = None, n_global: int = SHOWN_N_GLOBAL
+    ) -> Contender:
+        """A kernel on a batch. What a step computes once for all layers is computed by its first
+        call, which isn't timed."""
+        pattern = self.pattern(n_global)
+        kernel, described = self.kernel(name or self._name, pattern), described_batch(batch)
+        output = torch.full_like(batch.query, torch.nan)
+
+        def run() -> torch.Tensor:
+            kernel.attend(batch.query, self._cache, described, output)
+            return output
+
+        return Contender(pattern, run)
+
+
+def described_batch(batch: Batch) -> DeviceBatch:
+    """A batch as the kernels are told of it."""
+    return DeviceBatch(
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_table,
+        batch.max_query_len,
+        batch.query_start_loc_cpu,
+        batch.seq_lens_cpu,
+    )
 
 
 class CpuContenders:
@@ -79,25 +157,18 @@ class CpuContenders:
         current_platform.import_kernels()
         setting, shape = sequences.setting, sequences.shape
         self._ops, self._sequences = ops, sequences
-        self._layer = CpuLayer(
-            shape.num_heads,
-            shape.num_kv_heads,
-            shape.head_size,
-            setting.dtype,
-            ScoreRules(sequences.scale),
-        )
         self.isa: str = _get_attn_isa(setting.dtype, setting.block_size, shape.head_size, "auto")
         size = (sequences.num_blocks, shape.num_kv_heads, setting.block_size, 2 * shape.head_size)
-        self._cache = torch.full(size, torch.nan, dtype=setting.dtype)
+        cache = torch.full(size, torch.nan, dtype=setting.dtype)
+        self._lminf = _Lminf(sequences, "cpu", PagedCache.of(cache, setting.dtype))
         self._vllm_cache = torch.zeros(size, dtype=setting.dtype)
-        sequences.fill(lambda k, v, slots: self._layer.write_cache(k, v, self._cache, slots))
         sequences.fill(self._write_vllm)
 
     def makers(self) -> Iterator[tuple[str, Make]]:
         """Every contender, by name."""
         yield VLLM_WINDOW, partial(self._vllm, window=self._sequences.setting.window)
         for n_global in N_GLOBALS:
-            yield lminf(n_global), partial(self._lminf, n_global=n_global)
+            yield lminf(n_global), partial(self._lminf.contender, n_global=n_global)
         yield VLLM_FULL, partial(self._vllm, window=None)
 
     def _vllm_halves(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,20 +184,6 @@ class CpuContenders:
             v_scale=1.0,
             kv_cache_dtype="auto",
         )
-
-    def _lminf(self, batch: Batch, n_global: int) -> Contender:
-        window, far = self._sequences.setting.window, None
-        pattern = LambdaPattern(n_global, window, window)
-        if n_global > 0:
-            far = reference.far_rotations(self._sequences.tables, True, batch.positions, pattern)
-        of_step = CpuBatch(batch.query_start_loc, batch.seq_lens, batch.block_table, pattern, far)
-        output = torch.full_like(batch.query, torch.nan)
-
-        def run() -> torch.Tensor:
-            self._layer.lambda_attention(batch.query, self._cache, of_step, output)
-            return output
-
-        return Contender(pattern, run)
 
     def _vllm(self, batch: Batch, window: int | None) -> Contender:
         """vLLM's kernel; None is full attention."""
@@ -183,91 +240,24 @@ class GpuContenders:
     def __init__(self, sequences: Sequences) -> None:
         self._sequences, setting, shape = sequences, sequences.setting, sequences.shape
         self._window = LambdaPattern(0, setting.window, setting.window)
-        self._heads = Heads(shape.num_heads, shape.num_kv_heads, shape.head_size, setting.dtype)
-        self._workspace = triton.Workspace(self._heads, setting.device)
         # A block's tokens lie before its heads in memory, as in vLLM's caches for GPUs.
         size = (sequences.num_blocks, setting.block_size, shape.num_kv_heads, shape.head_size)
         key, value = (
             torch.full(size, torch.nan, dtype=setting.dtype, device=setting.device) for _ in "kv"
         )
         self._cache = PagedCache(key.transpose(1, 2), value.transpose(1, 2))
-        writer = self._triton(self._window)
-        sequences.fill(lambda k, v, slots: writer.write_cache(k, v, self._cache, slots))
+        self._lminf = _Lminf(sequences, "triton", self._cache)
 
     def makers(self) -> Iterator[tuple[str, Make]]:
         """Every contender, by name."""
         for n_global in N_GLOBALS:
-            yield lminf(n_global), partial(self._lminf, make=self._triton, n_global=n_global)
-        yield LMINF_XFORMERS, partial(self._lminf, make=self._xformers)
-        yield LMINF_FLASH, partial(self._lminf, make=self._flash)
+            yield lminf(n_global), partial(self._lminf.contender, n_global=n_global)
+        yield LMINF_XFORMERS, partial(self._lminf.contender, name="xformers")
+        yield LMINF_FLASH, partial(self._lminf.contender, name="flash")
         yield FLASH_WINDOW, self._flash_window
         if self._sequences.is_complete:
             yield FLEX_WINDOW, self._flex_window
             yield TORCH_FULL, self._torch_full
-
-    def _triton(self, pattern: LambdaPattern) -> triton.TritonLayer:
-        told = self._told(triton, pattern)
-        return triton.TritonLayer(*told, workspace=self._workspace)
-
-    def _xformers(self, pattern: LambdaPattern) -> xformers.XformersLayer:
-        return xformers.XformersLayer(*self._told(xformers, pattern))
-
-    def _flash(self, pattern: LambdaPattern) -> flash.FlashLayer:
-        attend = vllm_flash_attention()
-        told = self._told(flash, pattern)
-        return flash.FlashLayer(*told, workspace=self._workspace, attend=attend)
-
-    def _told(
-        self, kernel: Any, pattern: LambdaPattern
-    ) -> tuple[Heads, LambdaPattern, ScoreRules, Rotation]:
-        """What a kernel's module makes a layer from.
-
-        Raises:
-            AbsentError: it has reasons against it.
-        """
-        sequences, setting, capability = self._sequences, self._sequences.setting, None
-        if setting.device.type == "cuda" and torch.version.hip is None:
-            capability = torch.cuda.get_device_capability()
-        situation = Situation(
-            device_type=setting.device.type,
-            capability=capability,
-            heads=self._heads,
-            pattern=pattern,
-            cache_dtype=setting.dtype,
-            block_size=setting.block_size,
-            has_rotation=True,
-        )
-        if reasons := kernel.reasons_against(situation):
-            raise AbsentError("; ".join(reasons))
-        rotation = Rotation(sequences.tables, sequences.rotary.is_neox_style)
-        return self._heads, pattern, ScoreRules(sequences.scale), rotation
-
-    def _described(self, batch: Batch) -> DeviceBatch:
-        return DeviceBatch(
-            batch.query_start_loc,
-            batch.seq_lens,
-            batch.block_table,
-            batch.max_query_len,
-            batch.query_start_loc_cpu,
-            batch.seq_lens_cpu,
-        )
-
-    def _lminf(
-        self,
-        batch: Batch,
-        make: Callable[[LambdaPattern], Any],
-        n_global: int = SHOWN_N_GLOBAL,
-    ) -> Contender:
-        window = self._sequences.setting.window
-        pattern = LambdaPattern(n_global, window, window)
-        layer, described = make(pattern), self._described(batch)
-        output = torch.full_like(batch.query, torch.nan)
-
-        def run() -> torch.Tensor:
-            layer.lambda_attention(batch.query, self._cache, described, output)
-            return output
-
-        return Contender(pattern, run)
 
     def _flash_window(self, batch: Batch) -> Contender:
         """FlashAttention's own window: vLLM's over the cache, or that of the package flash-attn."""
@@ -289,7 +279,7 @@ class GpuContenders:
         output = torch.full_like(batch.query, torch.nan)
         key, value = (half.transpose(1, 2) for half in (self._cache.key, self._cache.value))
         # Without the entries of freed blocks, which hold NaN: its tiles reach behind the window.
-        cut = flash.WindowTable.of(self._described(batch), self._window.n_local, key.shape[1])
+        cut = WindowTable.of(described_batch(batch), self._window.n_local, key.shape[1])
 
         def run() -> torch.Tensor:
             attend(
@@ -367,7 +357,7 @@ class GpuContenders:
 
 
 @cache
-def vllm_flash_attention() -> flash.Attend:
+def vllm_flash_attention() -> Attend:
     """FlashAttention as vLLM ships it, in the newest version for the device.
 
     Raises:
@@ -385,7 +375,20 @@ def vllm_flash_attention() -> flash.Attend:
     for version in (3, 4, 2):
         reason = interface.fa_version_unsupported_reason(version)
         if reason is None:
-            attend: flash.Attend = partial(interface.flash_attn_varlen_func, fa_version=version)
+            attend: Attend = partial(interface.flash_attn_varlen_func, fa_version=version)
             return attend
         reasons.append(reason)
     raise AbsentError("; ".join(reasons))
+
+
+def _reasons_against_flash() -> list[str]:
+    try:
+        vllm_flash_attention()
+    except AbsentError as absent:
+        return [str(absent)]
+    return []
+
+
+VLLM_FLASH_ATTENTION = FlashAttentionProvider(
+    _reasons_against_flash, lambda head_size: vllm_flash_attention()
+)

@@ -16,7 +16,7 @@ from tests.engine.test_exactness import random_prompts
 from tests.engine.test_speculative import assert_same
 from tests.engine.traffic import Answer, ask, assert_equal_to_oracle
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin.impl import LambdaAttentionImpl
+from vllm_lminf.plugin.backend import LambdaAttentionImpl
 
 pytestmark = pytest.mark.engine
 

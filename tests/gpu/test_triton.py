@@ -18,6 +18,7 @@ from tests.kernels.triton.cases import (
 )
 from tests.kernels.triton.window import log_sum_exp, window_attention
 from vllm_lminf.kernels.base import DeviceBatch, PagedCache, ScoreRules
+from vllm_lminf.kernels.triton.layer import TritonKernel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,7 +98,7 @@ def test_merge(names: str, dtype: torch.dtype) -> None:
     rules = rules_of(names, batch)
     exact, tolerance = exact_and_tolerance(batch, dtype, rules)
     window, lse = window_attention(batch, rules)
-    layer = batch.triton_layer(dtype, rules_of(names, batch, DEVICE), DEVICE)
+    layer = TritonKernel(batch.layer(dtype, rules_of(names, batch, DEVICE), DEVICE))
     cache = batch.empty_cache(dtype, DEVICE)
     batch.fill(layer, cache, dtype)
     output, sums = window.to(DEVICE, dtype), lse.to(DEVICE, torch.float32).contiguous()
@@ -112,7 +113,7 @@ def test_merge(names: str, dtype: torch.dtype) -> None:
 
 def ready(batch: Batch, dtype: torch.dtype) -> tuple:
     """A layer whose cache is filled, the queries, and the batch."""
-    layer = batch.triton_layer(dtype, ScoreRules(batch.scale), DEVICE)
+    layer = TritonKernel(batch.layer(dtype, ScoreRules(batch.scale), DEVICE))
     cache = batch.empty_cache(dtype, DEVICE, heads_first=False)
     batch.fill(layer, cache, dtype)
     return layer, batch.query(dtype).to(DEVICE), cache, batch.device_batch(DEVICE)
@@ -124,7 +125,7 @@ def test_equal_to_the_bit_every_time(case: Case) -> None:
     outputs = []
     for _ in range(5):
         outputs.append(torch.full_like(query, torch.nan))
-        layer.lambda_attention(query, cache, told, outputs[-1])
+        layer.attend(query, cache, told, outputs[-1])
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
@@ -134,7 +135,7 @@ def test_a_captured_graph_serves_other_batches() -> None:
     batch = make_batch(MIXED)
     layer, query, cache, told = ready(batch, torch.bfloat16)
     expected = torch.full_like(query, torch.nan)
-    layer.lambda_attention(query, cache, told, expected)
+    layer.attend(query, cache, told, expected)
     empty = dataclasses.replace(
         told,
         query_start_loc=torch.zeros_like(told.query_start_loc),
@@ -146,7 +147,7 @@ def test_a_captured_graph_serves_other_batches() -> None:
     before = torch.cuda.memory_allocated()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        layer.lambda_attention(query, cache, empty, output)
+        layer.attend(query, cache, empty, output)
     assert torch.cuda.memory_allocated() == before, "a step allocates nothing"
     graph.replay()
     assert output.isnan().all()
@@ -162,7 +163,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements() -> None:
     batch = make_batch(Case("mixed", ((120, 1), (60, 33)), head_size=128, block_size=128))
     layer, query, cache, told = ready(batch, torch.bfloat16)
     expected = torch.full_like(query, torch.nan)
-    layer.lambda_attention(query, cache, told, expected)
+    layer.attend(query, cache, told, expected)
     _, num_kv_heads, block_size, head_size = cache.key.shape
     num_blocks = 2**31 // (num_kv_heads * block_size * head_size) + 1 + batch.num_blocks
     shape = (num_blocks, num_kv_heads, block_size, head_size)
@@ -175,7 +176,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements() -> None:
     large.key[-batch.num_blocks :] = cache.key
     large.value[-batch.num_blocks :] = cache.value
     output = torch.full_like(query, torch.nan)
-    layer.lambda_attention(query, large, moved, output)
+    layer.attend(query, large, moved, output)
     assert torch.equal(output, expected)
     slots = torch.tensor([num_blocks * block_size - 1], device=DEVICE)
     rows = torch.ones(1, num_kv_heads, head_size, dtype=torch.bfloat16, device=DEVICE)
@@ -205,5 +206,5 @@ def test_padding_requests_are_never_looked_up() -> None:
     )
     exact, tolerance = exact_and_tolerance(batch, torch.bfloat16)
     output = torch.full_like(query, torch.nan)
-    layer.lambda_attention(query, cache, padded, output)
+    layer.attend(query, cache, padded, output)
     assert_close(output.cpu(), exact, tolerance)

@@ -7,8 +7,8 @@ from tests.kernels.batches import Case, make_batch
 from tests.kernels.cases import assert_close
 from tests.kernels.triton.cases import exact_and_tolerance
 from tests.kernels.xformers_batches import by_id, far_by_id, make_layer, near, run
-from vllm_lminf.kernels.base import Heads, ScoreRules, Situation
-from vllm_lminf.kernels.xformers import reasons_against
+from vllm_lminf.kernels.base import ScoreRules
+from vllm_lminf.kernels.xformers import XformersKernel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,10 +20,9 @@ pytestmark = [
 def installed() -> None:
     """Skips by name where the installed xformers, or the device, doesn't serve."""
     capability = None if torch.version.hip else torch.cuda.get_device_capability()
-    heads = Heads(2, 1, 64, torch.bfloat16)
-    pattern = make_batch(Case("decode", ((1, 1),))).pattern
-    situation = Situation("cuda", capability, heads, pattern, torch.bfloat16, 16, True)
-    if reasons := reasons_against(situation):
+    batch = make_batch(Case("decode", ((1, 1),), heads=(2, 1)))
+    layer = batch.layer(torch.bfloat16, device="cuda", capability=capability)
+    if reasons := XformersKernel.unsupported_reasons(layer):
         pytest.skip("; ".join(reasons))
 
 
@@ -72,7 +71,7 @@ def test_decoding_in_a_graph() -> None:
     told.shared.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        layer.lambda_attention(query, cache, told, output)
+        layer.attend(query, cache, told, output)
     for batch, result in zip(batches, expected, strict=True):
         run(batch, torch.bfloat16, layer, cache=cache, device="cuda")
         told.block_table.copy_(batch.block_table)

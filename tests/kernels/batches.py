@@ -7,13 +7,17 @@ turning it is a product with a unit complex number, and a pair of tokens is an i
 import math
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from vllm_lminf.kernels import oracle, reference
-from vllm_lminf.kernels.base import DeviceBatch, Heads, PagedCache, Rotation, ScoreRules
-from vllm_lminf.kernels.cpu.kernel import CpuBatch, CpuLayer
-from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace
+from tests.kernels.layers import joint_cache, make_layer
+from vllm_lminf.kernels import oracle
+from vllm_lminf.kernels.base import DeviceBatch, Heads, Kernel, LayerConfig, PagedCache, ScoreRules
+from vllm_lminf.kernels.cpu.kernel import CpuKernel
+from vllm_lminf.kernels.host_batch import FarRotations, HostBatch, far_rotations
+from vllm_lminf.kernels.reference import ReferenceKernel
+from vllm_lminf.kernels.triton.layer import TritonKernel
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotarySpec, RotationTables
 
@@ -201,16 +205,14 @@ class Batch:
             halves[block, :, 1, where % self.block_size] = stretch.value.to(dtype)
         return cache
 
-    def far(self) -> reference.FarRotations | None:
+    def far(self) -> FarRotations | None:
         """Far rotations from the package's tables."""
         if self.rotary is None:
             return None
         tables = RotationTables(self.rotary.inv_freq)
-        return reference.far_rotations(
-            tables, self.rotary.is_neox_style, self.positions, self.pattern
-        )
+        return far_rotations(tables, self.rotary.is_neox_style, self.positions, self.pattern)
 
-    def exact_far(self) -> reference.FarRotations | None:
+    def exact_far(self) -> FarRotations | None:
         """Far rotations from cosines and sines in float64: what remains is the kernel's doing."""
         if self.rotary is None:
             return None
@@ -218,58 +220,54 @@ class Batch:
         query = back.to(torch.float64)[:, None] * self.rotary.inv_freq
         key = torch.arange(self.pattern.n_global, dtype=torch.float64)[:, None]
         key = key * self.rotary.inv_freq
-        return reference.FarRotations(
+        return FarRotations(
             query.cos(), -query.sin(), key.cos(), -key.sin(), self.rotary.is_neox_style
         )
 
-    def run_paged(self, dtype: torch.dtype, far: reference.FarRotations | None) -> torch.Tensor:
+    def run_paged(self, dtype: torch.dtype, far: FarRotations | None) -> torch.Tensor:
         """The kernel's output [num_tokens, num_heads, head_size]."""
         query = self.query(dtype)
         output = torch.full_like(query, torch.nan)
         self.attend(query, far, output)
         return output
 
-    def attend(
-        self, query: torch.Tensor, far: reference.FarRotations | None, output: torch.Tensor
-    ) -> None:
+    def attend(self, query: torch.Tensor, far: FarRotations | None, output: torch.Tensor) -> None:
         """Calls the kernel with rows of the caller's."""
-        reference.lambda_attention(
-            query,
-            self.kv_cache(query.dtype),
-            self.block_table,
-            self.query_start_loc,
-            self.seq_lens,
-            self.pattern,
-            rules=ScoreRules(self.scale),
-            far=far,
-            output=output,
-        )
+        kernel = ReferenceKernel(self.layer(query.dtype))
+        cache = joint_cache(self.kv_cache(query.dtype))
+        kernel.attend(query, cache, self.device_batch(far=far), output)
+
+    def layer(
+        self,
+        dtype: torch.dtype,
+        rules: ScoreRules | None = None,
+        device: torch.device | str = "cpu",
+        **more: Any,
+    ) -> LayerConfig:
+        """A layer like this batch's."""
+        num_kv_heads, head_size = self.stretches[0].key.shape[1:]
+        heads = Heads(self.stretches[0].query.shape[1], num_kv_heads, head_size, dtype)
+        rules = rules or ScoreRules(self.scale)
+        more = {"block_size": self.block_size, **more}
+        return make_layer(heads, self.pattern, rules, device, self.rotary, **more)
 
     def run_cpu(
-        self, dtype: torch.dtype, far: reference.FarRotations | None, rules: ScoreRules
+        self, dtype: torch.dtype, far: FarRotations | None, rules: ScoreRules
     ) -> torch.Tensor:
         """The compiled kernel's output, on a cache that it has written itself."""
         query = self.query(dtype)
         num_kv_heads, head_size = self.stretches[0].key.shape[1:]
-        layer = CpuLayer(query.shape[1], num_kv_heads, head_size, dtype, rules)
-        cache = torch.full(
-            (self.num_blocks, num_kv_heads, self.block_size, 2 * head_size), torch.nan, dtype=dtype
+        kernel = CpuKernel(self.layer(dtype, rules))
+        cache = joint_cache(
+            torch.full(
+                (self.num_blocks, num_kv_heads, self.block_size, 2 * head_size),
+                torch.nan,
+                dtype=dtype,
+            )
         )
-        for row, stretch in enumerate(self.stretches):
-            where = torch.tensor(stretch.key_positions)
-            block = self.block_table[row, where // self.block_size].long()
-            key = self._turn(stretch.key, stretch.key_positions).to(dtype)
-            slots = block * self.block_size + where % self.block_size
-            layer.write_cache(key, stretch.value.to(dtype), cache, slots)
-        batch = CpuBatch(
-            torch.tensor(self.query_start_loc, dtype=torch.int32),
-            torch.tensor(self.seq_lens, dtype=torch.int32),
-            self.block_table,
-            self.pattern,
-            far,
-        )
+        self.fill(kernel, cache, dtype)
         output = torch.full_like(query, torch.nan)
-        layer.lambda_attention(query, cache, batch, output)
+        kernel.attend(query, cache, self.device_batch(far=far), output)
         return output
 
     @property
@@ -282,15 +280,25 @@ class Batch:
             slots.append(block * self.block_size + where % self.block_size)
         return slots
 
-    def device_batch(self, device: torch.device | str = "cpu") -> DeviceBatch:
-        """The batch's description as tensors on a device."""
+    def device_batch(
+        self, device: torch.device | str = "cpu", far: FarRotations | None = None
+    ) -> DeviceBatch:
+        """The batch's description as tensors on a device.
+
+        Args:
+            device: where.
+            far: far rotations to take in place of those from the package's tables.
+        """
         start = torch.tensor(self.query_start_loc, dtype=torch.int32)
-        return DeviceBatch(
+        batch = DeviceBatch(
             start.to(device),
             torch.tensor(self.seq_lens, dtype=torch.int32, device=device),
             self.block_table.to(device),
             int(start.diff().max()),
         )
+        if far is not None:
+            batch.shared["host"] = _GivenRotations(batch, far)
+        return batch
 
     def empty_cache(
         self, dtype: torch.dtype, device: torch.device | str = "cpu", heads_first: bool = True
@@ -314,25 +322,12 @@ class Batch:
             halves.append(half.to(device))
         return PagedCache(*halves)
 
-    def triton_layer(
-        self, dtype: torch.dtype, rules: ScoreRules, device: torch.device | str = "cpu"
-    ) -> TritonLayer:
-        """The Triton kernels for a layer like this batch's."""
-        num_kv_heads, head_size = self.stretches[0].key.shape[1:]
-        heads = Heads(self.stretches[0].query.shape[1], num_kv_heads, head_size, dtype)
-        rotation = None
-        if self.rotary is not None:
-            tables = RotationTables(self.rotary.inv_freq).to(device)
-            rotation = Rotation(tables, self.rotary.is_neox_style)
-        workspace = Workspace(heads, torch.device(device))
-        return TritonLayer(heads, self.pattern, rules, rotation, workspace)
-
-    def fill(self, layer: TritonLayer, cache: PagedCache, dtype: torch.dtype) -> None:
+    def fill(self, kernel: Kernel, cache: PagedCache, dtype: torch.dtype) -> None:
         """Writes all keys that are seen into their slots, and nothing else."""
         for stretch, slots in zip(self.stretches, self.slots, strict=True):
             key = self._turn(stretch.key, stretch.key_positions).to(dtype)
             value, device = stretch.value.to(dtype), cache.key.device
-            layer.write_cache(key.to(device), value.to(device), cache, slots.to(device))
+            kernel.write_cache(key.to(device), value.to(device), cache, slots.to(device))
 
     def run_triton(
         self,
@@ -343,12 +338,12 @@ class Batch:
         device: torch.device | str = "cpu",
     ) -> torch.Tensor:
         """The Triton kernels' output, on a cache that they have written themselves."""
-        layer = self.triton_layer(dtype, rules or ScoreRules(self.scale), device)
+        kernel = TritonKernel(self.layer(dtype, rules, device))
         cache = self.empty_cache(dtype, device) if cache is None else cache
-        self.fill(layer, cache, dtype)
+        self.fill(kernel, cache, dtype)
         query = self.query(dtype).to(device)
         output = torch.full_like(query, torch.nan)
-        layer.lambda_attention(query, cache, self.device_batch(device), output)
+        kernel.attend(query, cache, self.device_batch(device), output)
         return output.cpu()
 
     def quantise(self, dtype: torch.dtype, key_scale: float, value_scale: float) -> None:
@@ -413,6 +408,17 @@ class Batch:
             query_start=stretch.query_positions[0],
             **vars(rules),
         )
+
+
+class _GivenRotations(HostBatch):
+    """A batch on the host with far rotations of the test's."""
+
+    def __init__(self, batch: DeviceBatch, far: FarRotations) -> None:
+        super().__init__(batch)
+        self.given = far
+
+    def far(self, *_: object) -> FarRotations:
+        return self.given
 
 
 def make_batch(case: Case, seed: int = 0) -> Batch:

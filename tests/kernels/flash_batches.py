@@ -1,17 +1,16 @@
 """Batches for the FlashAttention path, on whatever device it runs."""
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from tests.kernels.batches import Batch, Case
+from tests.kernels.layers import provider
 from tests.kernels.xformers_batches import fill
-from vllm_lminf.kernels.base import DeviceBatch, Heads, Rotation, ScoreRules
-from vllm_lminf.kernels.flash import Attend, FlashLayer
-from vllm_lminf.kernels.hybrid import HybridLayer
-from vllm_lminf.kernels.triton.layer import Workspace
-from vllm_lminf.rope import RotationTables
+from vllm_lminf.kernels.base import DeviceBatch, ScoreRules
+from vllm_lminf.kernels.flash import FlashKernel
+from vllm_lminf.kernels.hybrid import HybridKernel
 
 CASES = [
     Case("prefill", ((0, 9), (0, 70)), heads=(6, 2), head_size=16),
@@ -35,27 +34,21 @@ by_id = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def run(
     batch: Batch,
     dtype: torch.dtype,
-    attend: Attend,
+    attend: Any,
     rules: ScoreRules | None = None,
     *,
-    make: Callable[..., FlashLayer | HybridLayer] = FlashLayer,
+    kernel: type[FlashKernel | HybridKernel] = FlashKernel,
+    decode_len: int = 1,
     told: DeviceBatch | None = None,
     device: str = "cpu",
 ) -> torch.Tensor:
     """The output, on a cache that holds NaN wherever nobody wrote, but for older tokens of the
     block where a window starts, which are numbers, as in a cache that is used."""
-    num_kv_heads, head_size = batch.stretches[0].key.shape[1:]
-    heads = Heads(batch.stretches[0].query.shape[1], num_kv_heads, head_size, dtype)
-    rotation = None
-    if batch.rotary is not None:
-        tables = RotationTables(batch.rotary.inv_freq).to(device)
-        rotation = Rotation(tables, batch.rotary.is_neox_style)
-    workspace = Workspace(heads, torch.device(device))
-    rules = rules or ScoreRules(batch.scale)
-    layer = make(heads, batch.pattern, rules, rotation, workspace, attend)
+    more = {"flash_attention": provider(attend), "decode_len": decode_len}
+    layer = kernel(batch.layer(dtype, rules, device, **more))
     cache = batch.empty_cache(dtype, device)
     fill(batch, cache)
     query = batch.query(dtype).to(device)
     output = torch.full_like(query, torch.nan)
-    layer.lambda_attention(query, cache, told or batch.device_batch(device), output)
+    layer.attend(query, cache, told or batch.device_batch(device), output)
     return output.cpu()

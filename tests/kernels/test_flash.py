@@ -10,57 +10,54 @@ import pytest
 import torch
 
 from tests.kernels.batches import Case, make_batch
-from vllm_lminf.kernels.base import DeviceBatch, Heads, ScoreRules, Situation
-from vllm_lminf.kernels.flash import FlashLayer, WindowTable, reasons_against
-from vllm_lminf.kernels.triton.layer import Workspace
+from tests.kernels.layers import make_layer, provider
+from vllm_lminf.kernels.base import DeviceBatch, Heads, ScoreRules
+from vllm_lminf.kernels.flash import FlashKernel, WindowTable
 from vllm_lminf.pattern import LambdaPattern, cdiv
 
-SERVED = Situation(
-    device_type="cuda",
+SERVED = make_layer(
+    Heads(32, 8, 128, torch.bfloat16),
+    LambdaPattern(10, 4096, 4096),
+    device="cuda",
     capability=(9, 0),
-    heads=Heads(32, 8, 128, torch.bfloat16),
-    pattern=LambdaPattern(10, 4096, 4096),
-    cache_dtype=torch.bfloat16,
-    block_size=16,
-    has_rotation=True,
 )
 
 
 def test_nothing_to_say() -> None:
-    assert reasons_against(SERVED) == []
-    with_rules = dataclasses.replace(SERVED, has_softcap=True, has_sinks=True)
-    assert reasons_against(with_rules) == []
+    assert FlashKernel.unsupported_reasons(SERVED) == []
+    rules = ScoreRules(1.0, softcap=2.0, sinks=torch.zeros(32))
+    with_rules = dataclasses.replace(SERVED, rules=rules)
+    assert FlashKernel.unsupported_reasons(with_rules) == []
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"device_type": "cpu", "capability": None}, "runs on NVIDIA's devices"),
+        ({"device": torch.device("cpu"), "capability": None}, "runs on NVIDIA's devices"),
         ({"capability": None}, "runs on NVIDIA's devices"),
         ({"capability": (7, 5)}, "compute capability 7.5: FlashAttention takes"),
         ({"heads": Heads(32, 8, 128, torch.float32)}, "torch.float32: FlashAttention takes"),
         ({"heads": Heads(32, 8, 512, torch.bfloat16)}, "heads of 512 dimensions: FlashAttention"),
         ({"cache_dtype": torch.float8_e4m3fn}, "--kv-cache-dtype auto"),
         ({"block_size": 24}, "blocks of 24 tokens: FlashAttention"),
-        ({"has_alibi": True}, "ALiBi"),
+        ({"rules": ScoreRules(1.0, alibi_slopes=torch.zeros(32))}, "ALiBi"),
         ({"heads": Heads(8 * 129, 8, 128, torch.bfloat16)}, "the prefix: "),
     ],
     ids=str,
 )
 def test_situations(change: dict[str, object], reason: str) -> None:
-    reasons = reasons_against(dataclasses.replace(SERVED, **change))
+    reasons = FlashKernel.unsupported_reasons(dataclasses.replace(SERVED, **change))
     assert any(reason in given for given in reasons)
 
 
-def make_layer(rules: ScoreRules, attend: Any) -> FlashLayer:
-    heads = Heads(6, 2, 16, torch.float16)
-    workspace = Workspace(heads, torch.device("cpu"))
-    return FlashLayer(heads, LambdaPattern(0, 48, 48), rules, None, workspace, attend)
+def make_kernel(rules: ScoreRules, attend: Any) -> FlashKernel:
+    heads, pattern = Heads(6, 2, 16, torch.float16), LambdaPattern(0, 48, 48)
+    return FlashKernel(make_layer(heads, pattern, rules, flash_attention=provider(attend)))
 
 
 def test_alibi() -> None:
     with pytest.raises(ValueError, match="no ALiBi"):
-        make_layer(ScoreRules(0.1, alibi_slopes=torch.ones(6)), None)
+        make_kernel(ScoreRules(0.1, alibi_slopes=torch.ones(6)), None)
 
 
 def test_what_it_is_told() -> None:
@@ -75,9 +72,7 @@ def test_what_it_is_told() -> None:
     cache, description = batch.empty_cache(torch.float16), batch.device_batch()
     query = batch.query(torch.float16)
     output = torch.zeros_like(query)
-    make_layer(ScoreRules(0.1, softcap=3.0), attend).lambda_attention(
-        query, cache, description, output
-    )
+    make_kernel(ScoreRules(0.1, softcap=3.0), attend).attend(query, cache, description, output)
     assert [tuple(x.shape) for x in told["tensors"]] == [
         (14, 6, 16),
         (batch.num_blocks, 16, 2, 16),
@@ -132,11 +127,9 @@ class TestWindowTable:
 
 
 def test_nothing_to_do() -> None:
-    layer = make_layer(ScoreRules(0.1), None)
+    layer = make_kernel(ScoreRules(0.1), None)
     query, empty = torch.zeros(3, 6, 16), torch.zeros(0, dtype=torch.int32)
     none = DeviceBatch(torch.zeros(1, dtype=torch.int32), empty, empty.view(0, 0), 0)
     batch = make_batch(Case("decode", ((5, 1),), head_size=16))
-    layer.lambda_attention(query, batch.empty_cache(torch.float16), none, query)
-    layer.lambda_attention(
-        query[:0], batch.empty_cache(torch.float16), batch.device_batch(), query[:0]
-    )
+    layer.attend(query, batch.empty_cache(torch.float16), none, query)
+    layer.attend(query[:0], batch.empty_cache(torch.float16), batch.device_batch(), query[:0])

@@ -11,15 +11,11 @@ from hypothesis import strategies as st
 
 from tests.kernels.batches import Batch, Case, make_batch, make_rotary
 from tests.kernels.cases import CASES, FAR_CASES, VERY_FAR_CASES, assert_close
+from tests.kernels.layers import int32_batch, joint_cache, make_layer
 from vllm_lminf.kernels import oracle
-from vllm_lminf.kernels.base import ScoreRules
-from vllm_lminf.kernels.reference import (
-    _eager_attention,
-    far_rotations,
-    lambda_attention,
-    split_cache,
-    write_cache,
-)
+from vllm_lminf.kernels.base import DeviceBatch, Heads, ScoreRules
+from vllm_lminf.kernels.host_batch import far_rotations
+from vllm_lminf.kernels.reference import ReferenceKernel, _eager_attention
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotationTables
 
@@ -237,17 +233,15 @@ class TestOnlyItsOwnRows:
         """As vLLM pads a batch of requests: no rows, and a length of 0."""
         expected = batch.run_paged(torch.float32, batch.far())
         query, output = batch.query(torch.float32), torch.full_like(expected, torch.nan)
-        lambda_attention(
-            query,
-            batch.kv_cache(torch.float32),
-            torch.cat((batch.block_table, torch.zeros_like(batch.block_table[:1]))),
-            [*batch.query_start_loc, batch.query_start_loc[-1]],
-            [*batch.seq_lens, 0],
-            batch.pattern,
-            rules=ScoreRules(batch.scale),
-            far=batch.far(),
-            output=output,
+        told = batch.device_batch()
+        padded = DeviceBatch(
+            torch.cat((told.query_start_loc, told.query_start_loc[-1:])),
+            torch.cat((told.seq_lens, torch.zeros_like(told.seq_lens[:1]))),
+            torch.cat((told.block_table, torch.zeros_like(told.block_table[:1]))),
+            told.max_query_len,
         )
+        kernel = ReferenceKernel(batch.layer(torch.float32))
+        kernel.attend(query, joint_cache(batch.kv_cache(torch.float32)), padded, output)
         assert torch.equal(output, expected)
 
     def test_requests_do_not_mix(self, batch: Batch) -> None:
@@ -316,6 +310,21 @@ class TestFarRotations:
         cos, sin = RotationTables(make_rotary(64).inv_freq)(torch.arange(3))
         assert torch.equal(far.key_cos, cos)
         assert torch.equal(far.key_sin, -sin)
+
+
+def write_cache(
+    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Writes to a cache as vLLM has it."""
+    heads = Heads(2, 2, key.shape[2], key.dtype)
+    kernel = ReferenceKernel(make_layer(heads, LambdaPattern(0, 1, 1)))
+    kernel.write_cache(key, value, joint_cache(cache), slots)
+
+
+def split_cache(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The views by which it is read and written."""
+    halves = joint_cache(cache)
+    return halves.key, halves.value
 
 
 class TestWriteCache:
@@ -424,12 +433,13 @@ def test_other_scores(
     positions = torch.arange(length)
     slots = table[0, positions // block_size].long() * block_size + positions % block_size
     output = torch.full((length, heads, 32), torch.nan, dtype=dtype)
+    rules = ScoreRules(0.3, softcap, slopes, sinks)
+    layer = make_layer(Heads(heads, kv_heads, 32, dtype), LambdaPattern(*pattern), rules)
+    kernel, halves = ReferenceKernel(layer), joint_cache(cache)
     for start, end in [(0, 130), (130, 297), (297, 298), (298, 299), (299, 300)]:
         rows = slice(start, end)
-        write_cache(key[rows].to(dtype), value[rows].to(dtype), cache, slots[rows])
-        lambda_attention(
-            query[rows].to(dtype), cache, table, [0, end - start], [end], LambdaPattern(*pattern),
-            rules=ScoreRules(0.3, softcap, slopes, sinks), far=None, output=output[rows],
-        )  # fmt: skip
+        kernel.write_cache(key[rows].to(dtype), value[rows].to(dtype), halves, slots[rows])
+        batch = int32_batch([0, end - start], [end], table.tolist())
+        kernel.attend(query[rows].to(dtype), halves, batch, output[rows])
     # Scores are of size 10 at the most, and some ten roundings of that size meet in an output.
     assert_close(output, expected, 200 * torch.finfo(dtype).eps)

@@ -7,21 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lminf.kernels.base import Heads, Situation
-from vllm_lminf.kernels.registry import choose, reasons_against
+from tests.kernels.layers import make_layer
+from vllm_lminf.kernels.base import Heads, Kernel, LayerConfig, ScoreRules
+from vllm_lminf.kernels.registry import NAMES, choose, kernel_class
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin.config import KERNELS
 
-CPU = Situation(
-    device_type="cpu",
-    capability=None,
-    heads=Heads(8, 2, 64, torch.bfloat16),
-    pattern=LambdaPattern(10, 4096, 4096),
-    cache_dtype=torch.bfloat16,
-    block_size=16,
-    has_rotation=True,
-)
-HOPPER = replace(CPU, device_type="cuda", capability=(9, 0))
+CPU = make_layer(Heads(8, 2, 64, torch.bfloat16), LambdaPattern(10, 4096, 4096))
+HOPPER = replace(CPU, device=torch.device("cuda"), capability=(9, 0))
 AMD = replace(HOPPER, capability=None)
 
 
@@ -40,7 +32,7 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("situation", "expected"),
+    ("layer", "expected"),
     [
         (CPU, "cpu"),
         (HOPPER, "triton"),
@@ -50,14 +42,14 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     ],
     ids=["cpu", "9.0", "8.0", "10.0", "amd"],
 )
-def test_automatic_choice(situation: Situation, expected: str) -> None:
-    choice = choose("auto", situation)
+def test_automatic_choice(layer: LayerConfig, expected: str) -> None:
+    choice = choose("auto", layer)
     assert choice.kernel == expected
     assert choice.against == {}
 
 
 @pytest.mark.parametrize(
-    ("situation", "named"),
+    ("layer", "named"),
     [
         (replace(CPU, block_size=8), "--block-size 8"),
         (replace(CPU, heads=Heads(8, 2, 72, torch.bfloat16)), "72 in bfloat16"),
@@ -67,9 +59,9 @@ def test_automatic_choice(situation: Situation, expected: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_the_best_does_not_serve(situation: Situation, named: str) -> None:
+def test_what_the_best_does_not_serve(layer: LayerConfig, named: str) -> None:
     """The plain one does, and the reasons are there to be told."""
-    choice = choose("auto", situation)
+    choice = choose("auto", layer)
     assert choice.kernel == "reference"
     (reason,) = choice.reasons
     assert named in reason
@@ -93,7 +85,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "situation", "named"),
+    ("kernel", "layer", "named"),
     [
         ("cpu", HOPPER, "it runs on CPUs, not on cuda"),
         ("triton", CPU, "TRITON_INTERPRET=1"),
@@ -101,14 +93,14 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         ("xformers", AMD, "NVIDIA"),
         ("flash", CPU, "NVIDIA"),
         ("flash", AMD, "NVIDIA"),
-        ("flash", replace(HOPPER, has_alibi=True), "ALiBi"),
+        ("flash", replace(HOPPER, rules=ScoreRules(1.0, alibi_slopes=torch.zeros(8))), "ALiBi"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_no_other_takes_the_place_of_one_by_name(
-    kernel: str, situation: Situation, named: str
+    kernel: str, layer: LayerConfig, named: str
 ) -> None:
-    choice = choose(kernel, situation)
+    choice = choose(kernel, layer)
     assert choice.kernel is None
     assert list(choice.against) == [kernel]
     assert named in "; ".join(choice.reasons)
@@ -127,12 +119,14 @@ def test_interpreted_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_that_serves() -> None:
     """Every kernel that was looked at has its reasons."""
-    situation = replace(HOPPER, capability=(8, 0), cache_dtype=torch.float8_e4m3fn)
-    choice = choose("auto", situation)
+    layer = replace(HOPPER, capability=(8, 0), cache_dtype=torch.float8_e4m3fn)
+    choice = choose("auto", layer)
     assert choice.kernel is None
     assert list(choice.against) == ["triton", "reference"]
 
 
-@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel != "auto"])
-def test_every_setting_is_known(kernel: str) -> None:
-    assert isinstance(reasons_against(kernel, HOPPER), list)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kernel_is_there(name: str) -> None:
+    kernel = kernel_class(name)
+    assert issubclass(kernel, Kernel)
+    assert isinstance(kernel.unsupported_reasons(HOPPER), list)

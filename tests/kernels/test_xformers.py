@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from xformers.ops import fmha
 from xformers.ops.fmha import attn_bias
 
+from tests.kernels.layers import make_layer
 from vllm_lminf.kernels.base import (
     DeviceBatch,
     Heads,
     PagedCache,
     Rotation,
     ScoreRules,
-    Situation,
 )
-from vllm_lminf.kernels.xformers import XformersLayer, reasons_against
+from vllm_lminf.kernels.xformers import XformersKernel
 from vllm_lminf.kernels.xformers_plan import (
     Operators,
     Pages,
@@ -218,14 +218,11 @@ class TestPages:
         Pages.of(PagedCache(*(half.view(-1, 16, 8, 8).transpose(1, 2) for _ in range(2))))
 
 
-SERVED = Situation(
-    device_type="cuda",
+SERVED = make_layer(
+    Heads(32, 8, 128, torch.bfloat16),
+    LambdaPattern(10, 4096, 4096),
+    device="cuda",
     capability=(9, 0),
-    heads=Heads(32, 8, 128, torch.bfloat16),
-    pattern=LambdaPattern(10, 4096, 4096),
-    cache_dtype=torch.bfloat16,
-    block_size=16,
-    has_rotation=True,
 )
 
 
@@ -237,42 +234,47 @@ class TestRefusals:
         return versions
 
     def test_nothing_to_say(self) -> None:
-        assert reasons_against(SERVED) == []
+        assert XformersKernel.unsupported_reasons(SERVED) == []
 
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
-            ({"device_type": "cpu"}, "CUDA devices, not on 'cpu'"),
+            ({"device": torch.device("cpu")}, "CUDA devices, not on 'cpu'"),
             ({"capability": None}, "for NVIDIA's devices alone"),
             ({"capability": (7, 5)}, "compute capability 7.5"),
             ({"heads": Heads(32, 8, 128, torch.float32)}, "torch.float32: "),
             ({"heads": Heads(32, 8, 96, torch.bfloat16)}, "heads of 96 dimensions"),
             ({"cache_dtype": torch.float8_e4m3fn}, "--kv-cache-dtype auto"),
             ({"block_size": 24}, "blocks of 24 tokens"),
-            ({"has_softcap": True}, "a soft-cap on scores"),
-            ({"has_alibi": True}, "ALiBi"),
+            ({"rules": ScoreRules(1.0, softcap=2.0)}, "a soft-cap on scores"),
+            ({"rules": ScoreRules(1.0, alibi_slopes=torch.zeros(32))}, "ALiBi"),
         ],
         ids=str,
     )
     def test_situations(self, change: dict[str, object], reason: str) -> None:
-        reasons = reasons_against(dataclasses.replace(SERVED, **change))
+        reasons = XformersKernel.unsupported_reasons(dataclasses.replace(SERVED, **change))
         assert any(reason in given for given in reasons)
 
     def test_every_reason_at_once(self) -> None:
-        changes = {"has_softcap": True, "has_alibi": True, "block_size": 24}
-        assert len(reasons_against(dataclasses.replace(SERVED, **changes))) == 3
+        changes = {"rules": ScoreRules(1.0, 2.0, torch.zeros(32)), "block_size": 24}
+        assert len(XformersKernel.unsupported_reasons(dataclasses.replace(SERVED, **changes))) == 3
 
     def test_sinks_are_served(self) -> None:
-        assert reasons_against(dataclasses.replace(SERVED, has_sinks=True)) == []
+        assert (
+            XformersKernel.unsupported_reasons(
+                dataclasses.replace(SERVED, rules=ScoreRules(1.0, sinks=torch.zeros(32)))
+            )
+            == []
+        )
 
     @pytest.mark.parametrize("triton", ["3.9.0", "3.10.1", "4.0.0"])
     def test_triton_without_block_pointers(self, triton: str, versions: dict[str, str]) -> None:
         versions["triton"] = triton
-        (reason,) = reasons_against(SERVED)
+        (reason,) = XformersKernel.unsupported_reasons(SERVED)
         assert f"Triton {triton} has no block pointers" in reason
         assert 'pip install "triton<3.9"' in reason
         versions["xformers"] = "0.0.36"
-        assert reasons_against(SERVED) == []
+        assert XformersKernel.unsupported_reasons(SERVED) == []
 
     @pytest.mark.parametrize(
         ("version", "is_refused"),
@@ -286,13 +288,13 @@ class TestRefusals:
         package.mkdir()
         package.joinpath("__init__.py").write_text(f'__version__ = "{version}"\n')
         monkeypatch.syspath_prepend(tmp_path)
-        reasons = reasons_against(SERVED)
+        reasons = XformersKernel.unsupported_reasons(SERVED)
         if is_refused:
             (reason,) = reasons
             assert reason.startswith(f"flash-attn {version} is installed, and xformers can't be")
             assert 'pip install "flash-attn>=2.7.1,<=2.8.4"' in reason
             monkeypatch.setenv("XFORMERS_IGNORE_FLASH_VERSION_CHECK", "1")
-            assert reasons_against(SERVED) == []
+            assert XformersKernel.unsupported_reasons(SERVED) == []
         else:
             assert reasons == []
 
@@ -300,7 +302,7 @@ class TestRefusals:
         """It is a folder in a package that isn't there."""
         (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
         monkeypatch.syspath_prepend(tmp_path)
-        (reason,) = reasons_against(SERVED)
+        (reason,) = XformersKernel.unsupported_reasons(SERVED)
         assert "flash-attn of no version is installed" in reason
 
     def test_what_is_told_is_so(self, tmp_path: Path) -> None:
@@ -312,11 +314,12 @@ class TestRefusals:
         interface.write_text("flash_attn_gpu = None\n")
         code = (
             "import torch\n"
-            "from vllm_lminf.kernels.base import Heads, ScoreRules\n"
-            "from vllm_lminf.kernels.xformers import XformersLayer\n"
+            "from tests.kernels.layers import make_layer\n"
+            "from vllm_lminf.kernels.base import Heads\n"
+            "from vllm_lminf.kernels.xformers import XformersKernel\n"
             "from vllm_lminf.pattern import LambdaPattern\n"
             "heads = Heads(8, 2, 64, torch.bfloat16)\n"
-            "XformersLayer(heads, LambdaPattern(10, 64, 64), ScoreRules(1.0), None)\n"
+            "XformersKernel(make_layer(heads, LambdaPattern(10, 64, 64)))\n"
         )
         path = os.pathsep.join([str(tmp_path), *sys.path])
         environment = os.environ | {"PYTHONPATH": path}
@@ -328,7 +331,7 @@ class TestRefusals:
 
     def test_nothing_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-        assert reasons_against(SERVED) == [
+        assert XformersKernel.unsupported_reasons(SERVED) == [
             "xformers isn't installed: pip install xformers",
             "triton isn't installed: pip install triton",
         ]
@@ -337,7 +340,7 @@ class TestRefusals:
     def test_rules_of_a_layer(self, name: str) -> None:
         rules = ScoreRules(1.0, **{name: torch.ones(2) if name == "alibi_slopes" else 2.0})
         with pytest.raises(ValueError, match="neither a soft-cap nor ALiBi"):
-            XformersLayer(SERVED.heads, SERVED.pattern, rules, None, OPERATORS)
+            XformersKernel(dataclasses.replace(SERVED, rules=rules), OPERATORS)
 
     def test_no_flash_attention(self) -> None:
         """As it is on a CPU."""
@@ -350,12 +353,14 @@ def test_asking_imports_nothing() -> None:
     not."""
     code = (
         "import sys, torch\n"
-        "from vllm_lminf.kernels.base import Heads, Situation\n"
-        "from vllm_lminf.kernels.xformers import reasons_against\n"
+        "from tests.kernels.layers import make_layer\n"
+        "from vllm_lminf.kernels.base import Heads\n"
+        "from vllm_lminf.kernels.xformers import XformersKernel\n"
         "from vllm_lminf.pattern import LambdaPattern\n"
         "heads = Heads(8, 2, 64, torch.bfloat16)\n"
         "pattern = LambdaPattern(10, 64, 64)\n"
-        "reasons_against(Situation('cuda', (9, 0), heads, pattern, torch.bfloat16, 16, True))\n"
+        "layer = make_layer(heads, pattern, device='cuda', capability=(9, 0))\n"
+        "XformersKernel.unsupported_reasons(layer)\n"
         "assert not {'xformers', 'triton', 'vllm'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

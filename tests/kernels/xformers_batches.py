@@ -8,16 +8,9 @@ import torch
 
 from tests.kernels.batches import Batch, Case
 from tests.kernels.cases import FAR_CASES, VERY_FAR_CASES
-from vllm_lminf.kernels.base import (
-    DeviceBatch,
-    Heads,
-    PagedCache,
-    Rotation,
-    ScoreRules,
-)
-from vllm_lminf.kernels.xformers import XformersLayer
+from vllm_lminf.kernels.base import DeviceBatch, PagedCache, ScoreRules
+from vllm_lminf.kernels.xformers import XformersKernel
 from vllm_lminf.pattern import cdiv
-from vllm_lminf.rope import RotationTables
 
 _SMALL: dict[str, Any] = {"heads": (2, 1), "head_size": 16}
 
@@ -93,23 +86,15 @@ def make_layer(
     rules: ScoreRules | None = None,
     operators: Any = None,
     device: str = "cpu",
-) -> XformersLayer:
+) -> XformersKernel:
     """xformers for a layer like this batch's."""
-    num_kv_heads, head_size = batch.stretches[0].key.shape[1:]
-    heads = Heads(batch.stretches[0].query.shape[1], num_kv_heads, head_size, dtype)
-    rotation = None
-    if batch.rotary is not None:
-        tables = RotationTables(batch.rotary.inv_freq).to(device)
-        rotation = Rotation(tables, batch.rotary.is_neox_style)
-    return XformersLayer(
-        heads, batch.pattern, rules or ScoreRules(batch.scale), rotation, operators
-    )
+    return XformersKernel(batch.layer(dtype, rules, device), operators)
 
 
 def run(
     batch: Batch,
     dtype: torch.dtype,
-    layer: XformersLayer,
+    layer: XformersKernel,
     *,
     told: DeviceBatch | None = None,
     cache: PagedCache | None = None,
@@ -120,5 +105,5 @@ def run(
     fill(batch, cache)
     query = batch.query(dtype).to(device)
     output = torch.full_like(query, torch.nan)
-    layer.lambda_attention(query, cache, told or batch.device_batch(device), output)
+    layer.attend(query, cache, told or batch.device_batch(device), output)
     return output.cpu()

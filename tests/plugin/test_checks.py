@@ -3,6 +3,8 @@
 Real arguments, real configurations; no engine is started.
 """
 
+import copy
+import json
 import os
 import pickle
 import shutil
@@ -11,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -28,10 +31,11 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm_lminf.errors import SettingsError, UnsupportedError
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import checks, patches, register
-from vllm_lminf.plugin.checks import _select, check, pattern_of
+from vllm_lminf.plugin.checks import _select, check
 from vllm_lminf.plugin.config import (
     BACKEND_VARIABLE,
     VARIABLE_PREFIX,
+    LambdaConfig,
     is_backend_name,
     is_near_miss,
 )
@@ -289,24 +293,24 @@ class TestSelected:
         """Not max_model_len, which may be more or less."""
         for max_model_len in (None, 4096, MILLION):
             config = build.selected(max_model_len=max_model_len)
-            assert pattern_of(config) == LambdaPattern(10, 8192, 8192)
+            assert LambdaConfig.of(config).pattern == LambdaPattern(10, 8192, 8192)
 
     def test_trained_length_is_that_of_the_checkpoint(self, build: Build) -> None:
         config = build.selected(hf_overrides={"max_position_embeddings": 4096})
         assert patches.trained_length(config.model_config) == 4096
-        assert pattern_of(config) == LambdaPattern(10, 4096, 4096)
+        assert LambdaConfig.of(config).pattern == LambdaPattern(10, 4096, 4096)
 
     def test_pattern_from_settings(self, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("VLLM_LMINF_N_GLOBAL", "4")
         config = build.selected(additional_config={"lminf": {"n_local": 512}})
-        assert pattern_of(config) == LambdaPattern(4, 512, 512)
+        assert LambdaConfig.of(config).pattern == LambdaPattern(4, 512, 512)
 
     def test_settings_from_the_command_line(self, build: Build) -> None:
         config = build.from_command_line(
             "--attention-backend=LMINF",
             '--additional-config={"lminf": {"n_local": 512, "distance_limit": 600}}',
         )
-        assert pattern_of(config) == LambdaPattern(10, 512, 600)
+        assert LambdaConfig.of(config).pattern == LambdaPattern(10, 512, 600)
 
     def test_cpu_platform_chooses_it(self) -> None:
         config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 16)
@@ -348,7 +352,61 @@ class TestCompileCache:
         assert config.additional_config["other"] == 1
         assert mine == {"other": 1, "lminf": {"n_global": 4}}
         monkeypatch.setenv(VARIABLE_PREFIX + "N_LOCAL", "77")
-        assert pattern_of(config) == LambdaPattern(4, 8192, 8192)
+        assert LambdaConfig.of(config).pattern == LambdaPattern(4, 8192, 8192)
+
+    def test_a_plain_dictionary(self, build: Build) -> None:
+        """Which vLLM can print, hash and send to any process; there it is read, and no variable."""
+        config = build.selected(additional_config={"lminf": {"n_global": 4}})
+        section = config.additional_config["lminf"]
+        assert json.loads(json.dumps(section)) == section
+        sent = pickle.loads(pickle.dumps(config))
+        assert LambdaConfig.of(sent) == LambdaConfig.of(config)
+        assert LambdaConfig.of(config).trained.length == 8192
+
+    def test_completing_it_again_changes_nothing(
+        self, build: Build, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(VARIABLE_PREFIX + "N_GLOBAL", "4")
+        config = build.selected(additional_config={"lminf": {"distance_limit": 9000}})
+        before = config.additional_config
+        again = copy.deepcopy(config)
+        check(again)
+        assert again.additional_config == before
+        handed_on = build.selected(additional_config=before)
+        assert handed_on.additional_config == before
+
+    def test_what_followed_from_one_model_is_not_asked_of_another(
+        self, build: Build, tmp_path: Path
+    ) -> None:
+        first = build.selected(additional_config={"lminf": {"n_global": 4}})
+        second = build.selected(
+            additional_config=first.additional_config,
+            hf_overrides={"max_position_embeddings": 4096},
+        )
+        assert LambdaConfig.of(second).pattern == LambdaPattern(4, 4096, 4096)
+        assert LambdaConfig.of(first).pattern == LambdaPattern(4, 8192, 8192)
+
+    def test_engines_of_one_process_have_their_own(self, build: Build) -> None:
+        configs = [
+            build.selected(additional_config={"lminf": {"n_local": n, "kernel": kernel}})
+            for n, kernel in ((512, "cpu"), (256, "reference"))
+        ]
+        found = [LambdaConfig.of(config) for config in configs]
+        assert [(each.n_local, each.kernel) for each in found] == [(512, "cpu"), (256, "reference")]
+
+    @pytest.mark.parametrize("given", [{}, {"lminf": {}}, {"lminf": {"n_local": 512}}], ids=str)
+    def test_one_that_was_not_completed(self, given: dict[str, Any], build: Build) -> None:
+        config = copy.copy(build.selected())
+        config.additional_config = given
+        with pytest.raises(RuntimeError, match=r"aren't resolved .*create_engine_config"):
+            LambdaConfig.of(config)
+
+    def test_what_can_hold_no_entry(self, build: Build) -> None:
+        """vLLM takes any object that has a hash of its own."""
+        config = copy.copy(build.selected())
+        config.additional_config = SimpleNamespace(compute_hash=lambda: "")
+        with pytest.raises(SettingsError, match="must be an object, as in"):
+            check(config)
 
     def test_not_selected(self, build: Build) -> None:
         assert build(additional_config={"other": 1}).additional_config == {"other": 1}

@@ -32,7 +32,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_lminf import plugin
-from vllm_lminf.plugin import hosts, patches
+from vllm_lminf.plugin import hosts, metrics, patches
 from vllm_lminf.plugin.config import BACKEND_NAME
 from vllm_lminf.plugin.metrics import BLOCKS_PINNED
 
@@ -339,11 +339,11 @@ BASES = {
         "supported_kv_cache_layouts supports_kv_cache_dtype supports_combination "
         "supports_kv_connector customize_spec",
     ),
-    "vllm_lminf.plugin.impl:LambdaAttentionImpl": (
+    "vllm_lminf.plugin.backend:LambdaAttentionImpl": (
         "vllm.v1.attention.backend:AttentionImpl",
         "process_weights_after_loading forward",
     ),
-    "vllm_lminf.plugin.metadata:LambdaMetadataBuilder": (
+    "vllm_lminf.plugin.backend:LambdaMetadataBuilder": (
         "vllm.v1.attention.backend:AttentionMetadataBuilder",
         "__init__ build build_for_drafting get_cudagraph_support",
     ),
@@ -483,9 +483,9 @@ class TestHooks:
         stats = SchedulerStats(num_kv_fetch_reqs_by_stage={"in_progress": 2, BLOCKS_PINNED: 3})
         sent = MsgpackEncoder().encode(EngineCoreOutputs(scheduler_stats=stats))
         received = MsgpackDecoder(EngineCoreOutputs).decode(sent).scheduler_stats
-        assert patches.unload_stats(received) == {BLOCKS_PINNED: 3}
+        assert metrics.unload_stats(received) == {BLOCKS_PINNED: 3}
         assert received.num_kv_fetch_reqs_by_stage == {"in_progress": 2}
-        assert patches.unload_stats(received) == {}
+        assert metrics.unload_stats(received) == {}
 
     def test_a_stat_logger_of_the_entry_point_group_overrides_disable_log_stats(self) -> None:
         """Why that group isn't used. Should this fail, it may serve."""

@@ -15,7 +15,9 @@ from tests.engine import drafters
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import register, speculation
-from vllm_lminf.plugin.checks import check, pattern_being_built, pattern_of
+from vllm_lminf.plugin.checks import check
+from vllm_lminf.plugin.config import LambdaConfig
+from vllm_lminf.plugin.patterns import model_pattern
 
 MILLION = 1_000_000
 
@@ -94,9 +96,9 @@ class TestDraftModel:
         own = LambdaPattern(10, drafters.TRAINED_LENGTH, drafters.TRAINED_LENGTH)
         half = drafters.TRAINED_LENGTH // 2
         draft_config = replace(config, model_config=config.speculative_config.draft_model_config)
-        assert pattern_of(config) == pattern_being_built(config) == own
-        assert pattern_of(draft_config) == own
-        assert pattern_being_built(draft_config) == LambdaPattern(10, half, half)
+        assert LambdaConfig.of(config).pattern == model_pattern(config) == own
+        assert LambdaConfig.of(draft_config).pattern == own
+        assert model_pattern(draft_config) == LambdaPattern(10, half, half)
 
 
 def test_medusa_drafts_beyond_its_trained_length(model: Path) -> None:

@@ -14,8 +14,8 @@ from vllm.engine.arg_utils import EngineArgs
 from tests.engine.families import make_config
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import register, trained_length
-from vllm_lminf.plugin.checks import pattern_of
+from vllm_lminf.plugin import register
+from vllm_lminf.plugin.config import LambdaConfig
 from vllm_lminf.plugin.trained_length import Trained, distances_beyond
 
 LENGTH, WINDOW = 64, 24
@@ -74,7 +74,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         config = EngineArgs(
             str(path), attention_backend="LMINF", skip_tokenizer_init=True, **arguments
         ).create_engine_config()
-        return trained_length.of(config.model_config), pattern_of(config)
+        resolved = LambdaConfig.of(config)
+        return resolved.trained, resolved.pattern
 
     return of_engine
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "build" / "vllm-cuda"
 TESTS = (
     "tests/vllm_cuda/within",
-    "tests/plugin/backend/test_impl.py",
+    "tests/plugin/backend/test_backend.py",
     "tests/plugin/backend/test_rotary.py",
     "tests/plugin/backend/test_loaded_model.py",
     "tests/plugin/backend/test_probe.py",

@@ -1,7 +1,7 @@
-"""Λ-attention: one function, several implementations. Nothing here imports vLLM.
+"""Λ-attention over a paged KV cache: one interface, several kernels. Nothing here imports vLLM.
 
-`reference` is the oracle, on contiguous tensors. `paged` computes the same over a paged KV cache,
-in plain PyTorch; `cpu` does so by the compiled kernels in `csrc/`; `triton`, `xformers` and
-`flash` do so on GPUs. `choice` says which of them runs where.
-No implementation imports the oracle, and the oracle imports no implementation.
+`base` says what a kernel is and what it is told; `registry` says which there are and chooses one.
+`reference` is plain PyTorch, `cpu` is compiled from `cpu/csrc/`, and `triton`, `flash`, `hybrid`
+and `xformers` are for GPUs. `oracle` is the definition, on contiguous tensors: no kernel imports
+it, and it imports no kernel.
 """

@@ -1,8 +1,12 @@
-"""What a kernel is told, whichever kernel it is: the rules, the cache, the batch, the rotation."""
+"""What every kernel is: a class made from a layer's configuration, which writes the layer's cache
+and attends.
+"""
 
-from collections.abc import Hashable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -76,6 +80,27 @@ class PagedCache:
     key_scale: torch.Tensor | None = None
     value_scale: torch.Tensor | None = None
 
+    @classmethod
+    def of(
+        cls,
+        kv_cache: torch.Tensor,
+        dtype: torch.dtype,
+        key_scale: torch.Tensor | None = None,
+        value_scale: torch.Tensor | None = None,
+    ) -> Self:
+        """Views of a cache in which each head of a block stores all its keys, then all its values.
+
+        Args:
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], contiguous in its last
+                three dimensions; 8-bit numbers may be typed as bytes.
+            dtype: of what is stored.
+            key_scale, value_scale: kept for 8-bit numbers; wider ones are stored as they are.
+        """
+        num_blocks, num_kv_heads, block_size, double = kv_cache.shape
+        halves = kv_cache.view(dtype).view(num_blocks, num_kv_heads, 2, block_size, double // 2)
+        key, value = halves[:, :, 0], halves[:, :, 1]
+        return cls(key, value) if dtype.itemsize > 1 else cls(key, value, key_scale, value_scale)
+
 
 @dataclass(frozen=True)
 class DeviceBatch:
@@ -106,27 +131,159 @@ class DeviceBatch:
 
 
 @dataclass(frozen=True)
-class Situation:
-    """Where a layer is to run, which decides what kernels can run it.
+class FlashAttentionProvider:
+    """Where FlashAttention comes from: its package is chosen by whoever makes a layer.
 
     Attributes:
-        device_type: torch's name: "cpu" or "cuda", which stands for AMD's devices too.
-        capability: a CUDA device's compute capability; None elsewhere, AMD included.
-        heads: the layer's.
-        pattern: the layer's Λ.
-        cache_dtype: of stored keys and values.
-        block_size: tokens of a block.
-        has_rotation: whether the model has RoPE.
-        has_alibi, has_softcap, has_sinks: see `ScoreRules`.
+        unavailable_reasons: why there is none here; empty where there is.
+        function: the function for heads of so many dimensions: vLLM's ``flash_attn_varlen_func``,
+            with its ``fa_version`` already given.
     """
 
-    device_type: str
-    capability: tuple[int, int] | None
+    unavailable_reasons: Callable[[], list[str]]
+    function: Callable[[int], Callable[..., tuple[torch.Tensor, torch.Tensor]]]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerConfig:
+    """A layer and where it runs: what a kernel is chosen by, and made from.
+
+    Attributes:
+        heads: the layer's.
+        pattern: the layer's Λ.
+        rules: how products become scores.
+        cache_dtype: of stored keys and values.
+        block_size: tokens of a block.
+        device: of the model. Its type "cuda" stands for AMD's devices too.
+        capability: a CUDA device's compute capability; None elsewhere, AMD included.
+        rotation: the model's RoPE; None where nothing is rotated.
+        decode_len: queries of a request that decodes, its drafts included.
+        flash_attention: for the kernels that call it.
+        shared: what an engine's layers keep in common, as a workspace. They run one after the
+            other, on one stream.
+    """
+
     heads: Heads
     pattern: LambdaPattern
+    rules: ScoreRules
     cache_dtype: torch.dtype
     block_size: int
-    has_rotation: bool
-    has_alibi: bool = False
-    has_softcap: bool = False
-    has_sinks: bool = False
+    device: torch.device
+    capability: tuple[int, int] | None = None
+    rotation: Rotation | None = None
+    decode_len: int = 1
+    flash_attention: FlashAttentionProvider | None = None
+    shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def far_rotation(self) -> Rotation | None:
+        """What far pairs are turned by. Without global tokens nothing is ever beyond the limit."""
+        return self.rotation if self.pattern.n_global > 0 else None
+
+    @property
+    def signature(self) -> Hashable:
+        """Equal for layers that kernels are compiled for alike."""
+        rotation, rules = self.far_rotation, self.rules
+        return (
+            self.heads,
+            self.pattern,
+            self.cache_dtype,
+            self.block_size,
+            self.device,
+            None if rotation is None else (rotation.tables.tables.shape[1], rotation.is_neox_style),
+            rules.softcap,
+            rules.alibi_slopes is None,
+            None if rules.sinks is None else rules.sinks.dtype,
+        )
+
+
+class Captures(Enum):
+    """Which steps may be captured in a CUDA graph: those in which nothing waits for the device, and
+    what is launched depends on shapes alone."""
+
+    NEVER = "never"
+    DECODE = "steps in which every request decodes"
+    ALWAYS = "always"
+
+
+class Kernel(ABC):
+    """Λ-attention of one layer. It writes the cache that it attends to, since each kernel has an
+    order of its own in which a block stores its keys and values.
+
+    Attributes:
+        captures: see `Captures`.
+        block_multiple: block sizes are multiples of this.
+        preferred_block_size: best where nobody names one; None to leave it to the engine.
+    """
+
+    captures: ClassVar[Captures] = Captures.NEVER
+    block_multiple: ClassVar[int] = 16
+    preferred_block_size: ClassVar[int | None] = None
+
+    @classmethod
+    @abstractmethod
+    def unsupported_reasons(cls, layer: LayerConfig) -> list[str]:
+        """Why this kernel doesn't take a layer; empty where it does. Loads nothing."""
+
+    @classmethod
+    def unavailable_reasons(cls, layer: LayerConfig) -> list[str]:
+        """Why what this kernel needs for a layer can't be had in this process; empty where it can.
+        Compiles and loads it."""
+        return []
+
+    @classmethod  # noqa: B027
+    def start_loading(cls, layer: LayerConfig) -> None:
+        """Starts in the background what takes long of `unavailable_reasons`, if anything does."""
+
+    @abstractmethod
+    def __init__(self, layer: LayerConfig) -> None:
+        """For a layer that neither of the above has a reason against."""
+
+    def temporary_bytes(self, num_tokens: int, max_requests: int) -> int:
+        """What a step of so many tokens and requests allocates for a while besides its result."""
+        return 0
+
+    @abstractmethod
+    def write_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: PagedCache,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Stores keys and values in their slots.
+
+        Args:
+            key: rotated; shape [>= num_tokens, num_kv_heads, head_size]; rows past num_tokens are
+                padding.
+            value: same shape.
+            cache: written in place, divided by its scales where it has some.
+            slot_mapping: int64 [num_tokens]: ``block * block_size + offset`` of every token, or a
+                negative number for a token that has no slot.
+        """
+
+    @abstractmethod
+    def attend(
+        self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
+    ) -> None:
+        """Attention of a batch of requests, prefill and decode mixed freely.
+
+        Args:
+            query: rotated by its true position; shape [num_tokens, num_heads, head_size]; rows
+                past the last request's are padding.
+            cache: the keys and values, those of this step included.
+            batch: the batch.
+            output: written in place; of query's shape.
+        """
+
+    def warm_up(  # noqa: B027
+        self, cache: PagedCache, max_requests: int, max_query_len: int
+    ) -> None:
+        """Compiles and loads whatever the two above can launch; by default there is nothing. Reads
+        and writes no slot that belongs to a request.
+
+        Args:
+            cache: the layer's: its memory order and dtype are what kernels are compiled for.
+            max_requests: no batch has more requests, padding included.
+            max_query_len: no request has more queries.
+        """

@@ -20,71 +20,16 @@ keys in the window, ``q`` queries of a request:
 - The part of the block table that windows lie in is gathered once a step, for all layers.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from vllm_lminf.kernels.base import (
-    DeviceBatch,
-    Heads,
-    PagedCache,
-    Rotation,
-    ScoreRules,
-    Situation,
-)
-from vllm_lminf.kernels.triton import layer as triton_layer
-from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace
-from vllm_lminf.pattern import LambdaPattern, cdiv
-
-Attend = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-"""vLLM's ``flash_attn_varlen_func``, with its ``fa_version`` already given."""
+from vllm_lminf.kernels.base import Captures, DeviceBatch, LayerConfig, PagedCache
+from vllm_lminf.kernels.triton.layer import TritonCacheKernel, TritonKernel
+from vllm_lminf.pattern import cdiv
 
 _DTYPES = (torch.float16, torch.bfloat16)
-
-
-def reasons_against(situation: Situation) -> list[str]:
-    """Why FlashAttention can't run a layer; empty where it can."""
-    reasons = []
-    heads, capability = situation.heads, situation.capability
-    if situation.device_type != "cuda" or capability is None:
-        reasons.append("vLLM's FlashAttention runs on NVIDIA's devices: choose kernel triton")
-    elif capability < (8, 0):
-        reasons.append(
-            f"compute capability {capability[0]}.{capability[1]}: FlashAttention takes 8.0 and "
-            "newer"
-        )
-    if heads.dtype not in _DTYPES:
-        reasons.append(
-            f"{heads.dtype}: FlashAttention takes float16 and bfloat16; choose --dtype bfloat16, "
-            "or kernel triton"
-        )
-    if situation.cache_dtype != heads.dtype:
-        reasons.append(
-            f"a cache of {situation.cache_dtype}: FlashAttention would round the queries to it "
-            "too; choose --kv-cache-dtype auto, or kernel triton"
-        )
-    if heads.head_size % 8 != 0 or heads.head_size > 256:
-        reasons.append(
-            f"heads of {heads.head_size} dimensions: FlashAttention takes multiples of 8 up to "
-            "256; choose kernel triton"
-        )
-    if situation.block_size % 16 != 0:
-        reasons.append(
-            f"blocks of {situation.block_size} tokens: FlashAttention takes multiples of 16; set "
-            "--block-size 16"
-        )
-    if situation.has_alibi:
-        reasons.append("ALiBi: FlashAttention 3 and newer have none; choose kernel triton")
-    return reasons + [f"the prefix: {reason}" for reason in triton_layer.reasons_against(situation)]
-
-
-def temporary_bytes(situation: Situation, num_tokens: int, max_requests: int) -> int:
-    """What a step allocates for a while: log-sum-exps, and the cut-down block table with its
-    indices of 64 bits. FlashAttention's own workspace, some bytes a tile, is left out."""
-    columns = cdiv(situation.pattern.n_local - 1 + num_tokens, situation.block_size) + 1
-    requests = min(max_requests, num_tokens)
-    return 4 * num_tokens * situation.heads.num_heads + 20 * requests * columns
 
 
 @dataclass(frozen=True)
@@ -128,56 +73,91 @@ class WindowTable:
         return cls(table, batch.seq_lens - first * block_size, columns * block_size)
 
 
-class FlashLayer:
-    """What a layer does with its cache.
-
-    Args:
-        heads: the layer's.
-        pattern: its Λ.
-        rules: how its products become scores; without ALiBi.
-        rotation: the model's RoPE, or None where nothing is rotated.
-        workspace: shared with the other layers, see `TritonLayer`.
-        attend: FlashAttention.
+class FlashKernel(TritonCacheKernel):
+    """See the module. That launches of FlashAttention may be captured was never tried.
 
     Raises:
-        ValueError: a rule isn't served.
+        ValueError: a rule isn't served, or no FlashAttention was handed in.
     """
 
-    def __init__(
-        self,
-        heads: Heads,
-        pattern: LambdaPattern,
-        rules: ScoreRules,
-        rotation: Rotation | None,
-        workspace: Workspace,
-        attend: Attend,
-    ) -> None:
-        if rules.alibi_slopes is not None:
-            raise ValueError("FlashAttention 3 and newer serve no ALiBi")
-        self._attend = attend
-        self._heads = heads
-        self._n_local = pattern.n_local
-        self._window = [pattern.n_local - 1, 0]
-        self._scale = float(rules.scale)
-        self._softcap = rules.softcap or 0.0
-        self._merging = TritonLayer(heads, pattern, rules, rotation, workspace)
+    captures: ClassVar[Captures] = Captures.NEVER
 
-    def lambda_attention(
+    @classmethod
+    def unsupported_reasons(cls, layer: LayerConfig) -> list[str]:
+        heads, capability, block_size = layer.heads, layer.capability, layer.block_size
+        on_nvidia = layer.device.type == "cuda" and capability is not None
+        table = (
+            (
+                not on_nvidia,
+                "vLLM's FlashAttention runs on NVIDIA's devices: choose kernel triton",
+            ),
+            (
+                on_nvidia and (capability or ()) < (8, 0),
+                "compute capability {}.{}: FlashAttention takes 8.0 and newer".format(
+                    *capability or (0, 0)
+                ),
+            ),
+            (
+                heads.dtype not in _DTYPES,
+                f"{heads.dtype}: FlashAttention takes float16 and bfloat16; choose --dtype "
+                "bfloat16, or kernel triton",
+            ),
+            (
+                layer.cache_dtype != heads.dtype,
+                f"a cache of {layer.cache_dtype}: FlashAttention would round the queries to it "
+                "too; choose --kv-cache-dtype auto, or kernel triton",
+            ),
+            (
+                heads.head_size % 8 != 0 or heads.head_size > 256,
+                f"heads of {heads.head_size} dimensions: FlashAttention takes multiples of 8 up to "
+                "256; choose kernel triton",
+            ),
+            (
+                block_size % 16 != 0,
+                f"blocks of {block_size} tokens: FlashAttention takes multiples of 16; set "
+                "--block-size 16",
+            ),
+            (
+                layer.rules.alibi_slopes is not None,
+                "ALiBi: FlashAttention 3 and newer have none; choose kernel triton",
+            ),
+        )
+        prefix = [f"the prefix: {reason}" for reason in TritonKernel.unsupported_reasons(layer)]
+        return [reason for applies, reason in table if applies] + prefix
+
+    @classmethod
+    def unavailable_reasons(cls, layer: LayerConfig) -> list[str]:
+        if layer.flash_attention is None:
+            return ["no FlashAttention was handed in"]
+        return layer.flash_attention.unavailable_reasons()
+
+    def __init__(self, layer: LayerConfig) -> None:
+        if layer.rules.alibi_slopes is not None:
+            raise ValueError("FlashAttention 3 and newer serve no ALiBi")
+        if layer.flash_attention is None:
+            raise ValueError("no FlashAttention was handed in")
+        super().__init__(layer)
+        self._merging = TritonKernel(layer)
+        self._flash_attention = layer.flash_attention.function(layer.heads.head_size)
+        self._n_local, self._block_size = layer.pattern.n_local, layer.block_size
+        self._scale = float(layer.rules.scale)
+        self._window = [layer.pattern.n_local - 1, 0]
+        self._softcap = layer.rules.softcap or 0.0
+
+    def temporary_bytes(self, num_tokens: int, max_requests: int) -> int:
+        """Log-sum-exps, and the cut-down block table with its indices of 64 bits. FlashAttention's
+        own workspace, some bytes a tile, is left out."""
+        columns = cdiv(self._n_local - 1 + num_tokens, self._block_size) + 1
+        requests = min(max_requests, num_tokens)
+        return 4 * num_tokens * self._heads.num_heads + 20 * requests * columns
+
+    def attend(
         self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
     ) -> None:
-        """Attention of a batch of requests, prefill and decode mixed freely.
-
-        Args:
-            query: rotated by its true position; shape [num_tokens, num_heads, head_size]; rows
-                past the last request's are padding.
-            cache: the keys and values, those of this step included, in any memory order.
-            batch: the batch.
-            output: written in place; of query's shape.
-        """
         if query.shape[0] == 0 or batch.seq_lens.shape[0] == 0:
             return
         window = WindowTable.of(batch, self._n_local, cache.key.shape[2])
-        _, lse = self._attend(
+        _, lse = self._flash_attention(
             query,
             cache.key.transpose(1, 2),
             cache.value.transpose(1, 2),
@@ -196,21 +176,14 @@ class FlashLayer:
         self._merging.merge_global_branch(query, cache, batch, output, lse)
 
     def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
-        """Compiles and loads whatever `lambda_attention` can launch.
-
-        FlashAttention is called for one token of a request in the cache's first block, which
-        belongs to nobody: what is read there is used for nothing.
-
-        Args:
-            cache: see `TritonLayer.warm_up`.
-            max_requests: likewise.
-            max_query_len: likewise.
-        """
+        """See `Kernel`. FlashAttention is called for one token of a request in the cache's first
+        block, which belongs to nobody: what is read there is used for nothing."""
+        super().warm_up(cache, max_requests, max_query_len)
         heads, device = self._heads, cache.key.device
         shape = 2, 1, heads.num_heads, heads.head_size
         query, output = torch.zeros(shape, dtype=heads.dtype, device=device)
         start = torch.arange(2, dtype=torch.int32, device=device)
         for queries in {1, max_query_len}:
             batch = DeviceBatch(start, start[1:], torch.zeros_like(start[:1, None]), queries)
-            self.lambda_attention(query, cache, batch, output)
+            self.attend(query, cache, batch, output)
         self._merging.warm_up_merge(cache, max_query_len)

@@ -17,86 +17,59 @@ Which requests are which is decided on the device. The host needs to know the lo
 """
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 
-from vllm_lminf.kernels import flash
-from vllm_lminf.kernels.base import (
-    DeviceBatch,
-    Heads,
-    PagedCache,
-    Rotation,
-    ScoreRules,
-    Situation,
-)
-from vllm_lminf.kernels.flash import Attend, FlashLayer
-from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace
+from vllm_lminf.kernels.base import Captures, DeviceBatch, LayerConfig, PagedCache
+from vllm_lminf.kernels.flash import FlashKernel
+from vllm_lminf.kernels.triton.layer import TritonCacheKernel, TritonKernel
 from vllm_lminf.kernels.triton.plan import decode_rows
-from vllm_lminf.pattern import LambdaPattern
 
 
-def reasons_against(situation: Situation) -> list[str]:
-    """Why the two can't run a layer; empty where they can. What FlashAttention takes, Triton's
-    kernels take too, or it is among its reasons."""
-    return flash.reasons_against(situation)
-
-
-class HybridLayer:
-    """What a layer does with its cache.
-
-    Args:
-        heads: the layer's.
-        pattern: its Λ.
-        rules: how its products become scores; without ALiBi.
-        rotation: the model's RoPE, or None where nothing is rotated.
-        workspace: shared with the other layers, see `TritonLayer`.
-        attend: FlashAttention.
-        num_few: queries of a request that decodes, its drafts included. Batches in which nobody
-            has more are for Triton's kernels alone, and may be captured in a CUDA graph.
+class HybridKernel(TritonCacheKernel):
+    """See the module. Batches in which nobody has more than `LayerConfig.decode_len` queries are
+    for Triton's kernels alone, and may be captured in a CUDA graph.
 
     Raises:
-        ValueError: a rule isn't served.
+        ValueError: as `FlashKernel`.
     """
 
-    def __init__(
-        self,
-        heads: Heads,
-        pattern: LambdaPattern,
-        rules: ScoreRules,
-        rotation: Rotation | None,
-        workspace: Workspace,
-        attend: Attend,
-        num_few: int = 1,
-    ) -> None:
-        self._flash = FlashLayer(heads, pattern, rules, rotation, workspace, attend)
-        self._triton = TritonLayer(heads, pattern, rules, rotation, workspace)
-        self._num_few = num_few
-        # What a tile of rows holds of a request, where one request's fit into a tile.
-        group = heads.num_heads // heads.num_kv_heads
-        self._in_a_tile = decode_rows(heads, num_few) // group
+    captures: ClassVar[Captures] = Captures.DECODE
 
-    def lambda_attention(
+    @classmethod
+    def unsupported_reasons(cls, layer: LayerConfig) -> list[str]:
+        """What FlashAttention takes, Triton's kernels take too, or it is among its reasons."""
+        return FlashKernel.unsupported_reasons(layer)
+
+    @classmethod
+    def unavailable_reasons(cls, layer: LayerConfig) -> list[str]:
+        return FlashKernel.unavailable_reasons(layer)
+
+    def __init__(self, layer: LayerConfig) -> None:
+        super().__init__(layer)
+        self._flash = FlashKernel(layer)
+        self._triton = TritonKernel(layer)
+        self._num_few = layer.decode_len
+        # What a tile of rows holds of a request, where one request's fit into a tile.
+        group = layer.heads.num_heads // layer.heads.num_kv_heads
+        self._in_a_tile = decode_rows(layer.heads, self._num_few) // group
+
+    def temporary_bytes(self, num_tokens: int, max_requests: int) -> int:
+        return self._flash.temporary_bytes(num_tokens, max_requests)
+
+    def attend(
         self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
     ) -> None:
-        """Attention of a batch of requests, prefill and decode mixed freely.
-
-        Args:
-            query: rotated by its true position; shape [num_tokens, num_heads, head_size]; rows
-                past the last request's are padding.
-            cache: the keys and values, those of this step included.
-            batch: the batch.
-            output: written in place; of query's shape.
-        """
         if batch.max_query_len <= self._num_few:
-            self._triton.lambda_attention(query, cache, batch, output)
+            self._triton.attend(query, cache, batch, output)
             return
         few, long = self._parts(batch)
-        self._flash.lambda_attention(query, cache, long, output)
+        self._flash.attend(query, cache, long, output)
         if batch.seq_lens.shape[0] > 1 or batch.max_query_len <= self._in_a_tile:
-            self._triton.lambda_attention(query, cache, few, output)
+            self._triton.attend(query, cache, few, output)
 
     def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
-        """Compiles and loads whatever `lambda_attention` can launch; see `TritonLayer.warm_up`."""
         self._triton.warm_up(cache, max_requests, max(self._num_few, self._in_a_tile))
         self._flash.warm_up(cache, max_requests, max_query_len)
 

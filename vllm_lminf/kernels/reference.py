@@ -10,149 +10,81 @@ anything, NaN included.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from vllm_lminf.kernels.base import ScoreRules
+from vllm_lminf.kernels.base import DeviceBatch, Kernel, LayerConfig, PagedCache, ScoreRules
+from vllm_lminf.kernels.host_batch import FarRotations, HostBatch
 from vllm_lminf.pattern import LambdaPattern, cdiv
-from vllm_lminf.rope import RotationTables, rotate
 
 _MAX_TILE = 512
 _MIN_TILE = 128
 
 
-@dataclass
-class FarRotations:
-    """Rotations that move a far pair to the distance limit; the same for every layer of a model.
+class ReferenceKernel(Kernel):
+    """See the module. It goes through a batch on the host, which means on a GPU that the first
+    layer of every step waits for the device."""
 
-    Attributes:
-        query_cos, query_sin: float32 [num_tokens, rotary_dim / 2]: turn a rotated query at
-            position ``i >= limit`` back by ``i - limit``, that is to the angle of ``limit``.
-            A nearer query, which has no pair beyond the limit, is left as it is.
-        key_cos, key_sin: float32 [num_global, rotary_dim / 2]: turn a rotated global key at ``j``
-            back by ``j``, that is to the angle of 0. There are as many as lie behind the window of
-            some query, which n_global may exceed by far.
-        is_neox_style: how rotated pairs are laid out.
-    """
+    block_multiple: ClassVar[int] = 1
 
-    query_cos: torch.Tensor
-    query_sin: torch.Tensor
-    key_cos: torch.Tensor
-    key_sin: torch.Tensor
-    is_neox_style: bool
+    @classmethod
+    def unsupported_reasons(cls, layer: LayerConfig) -> list[str]:
+        if layer.cache_dtype.itemsize > 1:
+            return []
+        name = str(layer.cache_dtype).removeprefix("torch.")
+        return [f"it keeps the cache in 16 or 32 bits, not in {name}"]
 
-    def of_rows(self, start: int, end: int) -> "FarRotations":
-        """The same for the queries in rows [start, end)."""
-        return replace(
-            self, query_cos=self.query_cos[start:end], query_sin=self.query_sin[start:end]
-        )
+    def __init__(self, layer: LayerConfig) -> None:
+        self._pattern = layer.pattern
+        self._rules = layer.rules
+        self._rotation = layer.far_rotation
 
-    def turn_queries(self, query: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Queries [num_rows, num_heads, head_size] at the angle of the limit."""
-        return rotate(query, self.query_cos[rows], self.query_sin[rows], self.is_neox_style)
+    def write_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: PagedCache,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """See `Kernel`. Off the CPU, where to look for a token without a slot would wait for the
+        device, such a token is stored in slot 0, which nobody reads: block 0 stands for blocks that
+        were freed."""
+        num_tokens = slot_mapping.shape[0]
+        key, value = key[:num_tokens], value[:num_tokens]
+        if slot_mapping.device.type != "cpu":
+            slot_mapping = slot_mapping.clamp(min=0)
+        elif bool((slot_mapping < 0).any()):
+            has_slot = slot_mapping >= 0
+            key, value, slot_mapping = key[has_slot], value[has_slot], slot_mapping[has_slot]
+        block_size = cache.key.shape[2]
+        block, offset = slot_mapping // block_size, slot_mapping % block_size
+        cache.key[block, :, offset] = key.to(cache.key.dtype)
+        cache.value[block, :, offset] = value.to(cache.value.dtype)
 
-    def turn_keys(self, key: torch.Tensor) -> torch.Tensor:
-        """The leading global keys [num_kv_heads, num_keys, head_size] at the angle of 0."""
-        cos, sin = self.key_cos[: key.shape[1]], self.key_sin[: key.shape[1]]
-        return rotate(key.transpose(0, 1), cos, sin, self.is_neox_style).transpose(0, 1)
-
-
-def far_rotations(
-    tables: RotationTables, is_neox_style: bool, positions: torch.Tensor, pattern: LambdaPattern
-) -> FarRotations:
-    """The rotations for queries at ``positions`` (integers [num_tokens]) under this Λ."""
-    query_cos, query_sin = tables((positions - pattern.distance_limit).clamp(min=0))
-    last = int(positions.max()) if len(positions) else 0
-    key_cos, key_sin = tables.leading(min(pattern.n_global, pattern.window_start(last)))
-    return FarRotations(query_cos, -query_sin, key_cos, -key_sin, is_neox_style)
-
-
-def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value halves of a cache, as views.
-
-    Args:
-        kv_cache: shape [num_blocks, num_kv_heads, block_size, 2 * head_size], contiguous in its
-            last three dimensions. Each head of a block stores all keys, then all values.
-
-    Returns:
-        Two views of shape [num_blocks, num_kv_heads, block_size, head_size].
-    """
-    num_blocks, num_kv_heads, block_size, double = kv_cache.shape
-    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size, double // 2)
-    return halves[:, :, 0], halves[:, :, 1]
-
-
-def write_cache(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    """Stores keys and values in their slots.
-
-    Args:
-        key: shape [>= num_tokens, num_kv_heads, head_size]; rows past num_tokens are padding.
-        value: same shape.
-        kv_cache: see `split_cache`; written in place.
-        slot_mapping: integers [num_tokens]: ``block * block_size + offset`` of every token, or a
-            negative number for a token that has no slot. Off the CPU, where to look for one would
-            wait for the device, such a token is stored in slot 0, which nobody reads: block 0
-            stands for blocks that were freed.
-    """
-    num_tokens = slot_mapping.shape[0]
-    key, value = key[:num_tokens], value[:num_tokens]
-    if slot_mapping.device.type != "cpu":
-        slot_mapping = slot_mapping.clamp(min=0)
-    elif bool((slot_mapping < 0).any()):
-        has_slot = slot_mapping >= 0
-        key, value, slot_mapping = key[has_slot], value[has_slot], slot_mapping[has_slot]
-    key_cache, value_cache = split_cache(kv_cache)
-    block, offset = slot_mapping // kv_cache.shape[2], slot_mapping % kv_cache.shape[2]
-    key_cache[block, :, offset] = key.to(kv_cache.dtype)
-    value_cache[block, :, offset] = value.to(kv_cache.dtype)
-
-
-def lambda_attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: list[int],
-    seq_lens: list[int],
-    pattern: LambdaPattern,
-    *,
-    rules: ScoreRules,
-    far: FarRotations | None,
-    output: torch.Tensor,
-) -> None:
-    """Attention of a batch of requests, prefill and decode mixed freely.
-
-    Args:
-        query: rotated by its true position; shape [num_tokens, num_heads, head_size].
-        kv_cache: rotated keys and values, see `split_cache`.
-        block_table: integers [num_requests, max_blocks]. Entries of blocks that were freed are
-            never read.
-        query_start_loc: num_requests + 1 offsets into query; request r owns the rows from
-            ``query_start_loc[r]`` to ``query_start_loc[r + 1]``, its latest tokens.
-        seq_lens: tokens of every request in the cache, these queries' own included.
-        pattern: the Λ.
-        rules: how products become scores.
-        far: rotations for the far pairs; None where the model rotates nothing.
-        output: written in place; shape [num_tokens, num_heads, head_size].
-    """
-    for request, seq_len in enumerate(seq_lens):
-        start, end = query_start_loc[request], query_start_loc[request + 1]
-        if start == end:
-            continue
-        window_start = pattern.window_start(seq_len - (end - start))
-        num_global = min(pattern.n_global, pattern.window_start(seq_len - 1))
-        tiles = _RequestTiles(
-            query[start:end],
-            *_gather(kv_cache, block_table[request], window_start, seq_len),
-            *_gather(kv_cache, block_table[request], 0, num_global),
-            seq_len,
-            pattern,
-            rules,
-            far if far is None else far.of_rows(start, end),
-        )
-        tiles.attend(output[start:end])
+    def attend(
+        self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
+    ) -> None:
+        host, pattern = HostBatch.of(batch), self._pattern
+        far = None if self._rotation is None else host.far(self._rotation, pattern)
+        query_start_loc = host.query_start_loc.tolist()
+        for request, seq_len in enumerate(host.seq_lens.tolist()):
+            start, end = query_start_loc[request], query_start_loc[request + 1]
+            if start == end:
+                continue
+            window_start = pattern.window_start(seq_len - (end - start))
+            num_global = min(pattern.n_global, pattern.window_start(seq_len - 1))
+            tiles = _RequestTiles(
+                query[start:end],
+                *_gather(cache, batch.block_table[request], window_start, seq_len),
+                *_gather(cache, batch.block_table[request], 0, num_global),
+                seq_len,
+                pattern,
+                self._rules,
+                far if far is None else far.of_rows(start, end),
+            )
+            tiles.attend(output[start:end])
 
 
 @dataclass
@@ -258,19 +190,21 @@ class _RequestTiles:
 
 
 def _gather(
-    kv_cache: torch.Tensor, block_row: torch.Tensor, start: int, end: int
+    cache: PagedCache, block_row: torch.Tensor, start: int, end: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of positions [start, end): each [num_kv_heads, end - start, head_size].
 
     Only the slots of these positions are part of the result; the rest of their blocks is dropped.
     """
-    num_blocks, num_kv_heads, block_size, double = kv_cache.shape
+    block_size = cache.key.shape[2]
     first_block = start // block_size
     blocks = block_row[first_block : cdiv(end, block_size)].long()
-    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size, double // 2)
-    gathered = halves.permute(1, 2, 0, 3, 4)[:, :, blocks].flatten(2, 3)
     skip = first_block * block_size
-    return gathered[:, 0, start - skip : end - skip], gathered[:, 1, start - skip : end - skip]
+
+    def gathered(half: torch.Tensor) -> torch.Tensor:
+        return half.transpose(0, 1)[:, blocks].flatten(1, 2)[:, start - skip : end - skip]
+
+    return gathered(cache.key), gathered(cache.value)
 
 
 def _attend_tile(

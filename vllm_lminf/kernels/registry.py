@@ -1,22 +1,38 @@
-"""Which kernel a layer runs: the one that was asked for, or the best that can run where it is.
+"""The kernels: their names, where each is, and which of them a layer runs.
 
-A kernel's module is imported when it is asked about, and the library behind it once it is used.
+To add one, write its class in a module of its own and add a line here. The module is imported once
+the kernel is asked about, and the library behind it once the kernel is made.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    from vllm_lminf.kernels.base import Kernel, LayerConfig
 
-from vllm_lminf.kernels.base import Situation
-from vllm_lminf.kernels.cpu.kernel import serves
-
-_MODULES = {
-    "flash": "vllm_lminf.kernels.flash",
-    "hybrid": "vllm_lminf.kernels.hybrid",
-    "triton": "vllm_lminf.kernels.triton.layer",
-    "xformers": "vllm_lminf.kernels.xformers",
+_CLASSES = {
+    "triton": "vllm_lminf.kernels.triton.layer:TritonKernel",
+    "hybrid": "vllm_lminf.kernels.hybrid:HybridKernel",
+    "xformers": "vllm_lminf.kernels.xformers:XformersKernel",
+    "flash": "vllm_lminf.kernels.flash:FlashKernel",
+    "cpu": "vllm_lminf.kernels.cpu.kernel:CpuKernel",
+    "reference": "vllm_lminf.kernels.reference:ReferenceKernel",
 }
+NAMES = tuple(_CLASSES)
+
+AUTOMATIC = "auto"
+"""The best kernel that can run."""
+
+PLAIN = "reference"
+"""Stands in for what the best kernel doesn't take. It is much slower."""
+
+# Best first. A kernel is here where it was measured to be the fastest of those that serve. On GPUs
+# nothing has been measured yet, so it is the one that serves most: the others have to be asked for
+# by name.
+_ORDER = {"cpu": ("cpu", PLAIN), "cuda": ("triton", PLAIN)}
 
 
 @dataclass(frozen=True)
@@ -41,73 +57,50 @@ class Choice:
         ]
 
 
-def choose(asked: str, situation: Situation) -> Choice:
+def kernel_class(name: str) -> type[Kernel]:
+    """The class of a kernel."""
+    module, _, attribute = _CLASSES[name].partition(":")
+    found: type[Kernel] = getattr(import_module(module), attribute)
+    return found
+
+
+def choose(asked: str, layer: LayerConfig, load: bool = False) -> Choice:
     """The kernel for a layer.
 
     Args:
-        asked: the setting "kernel": a kernel's name, which no other takes the place of, or "auto".
-        situation: where the layer is to run.
+        asked: a kernel's name, which no other takes the place of, or "auto".
+        layer: the layer.
+        load: whether a kernel must also be had in this process, which compiles and loads it.
     """
     against: dict[str, list[str]] = {}
-    for kernel in _automatic(situation) if asked == "auto" else (asked,):
-        reasons = reasons_against(kernel, situation)
+    for name in _candidates(asked, layer.device.type, layer.block_size):
+        kernel = kernel_class(name)
+        reasons = kernel.unsupported_reasons(layer)
+        if load and (not reasons or name == asked):
+            reasons = reasons + kernel.unavailable_reasons(layer)
         if not reasons:
-            return Choice(kernel, against)
-        against[kernel] = reasons
+            return Choice(name, against)
+        against[name] = reasons
     return Choice(None, against)
 
 
-def _automatic(situation: Situation) -> tuple[str, ...]:
-    """What "auto" looks at, best first.
-
-    A kernel is here where it was measured to be the fastest of those that serve. On GPUs nothing
-    has been measured yet, so it is the one that serves most: xformers and, for the prefill of
-    devices from compute capability 9.0 on, FlashAttention, alone or beside Triton's kernels, have
-    to be asked for by name.
-
-    The plain kernel stands in for what the best one doesn't serve, except that on GPUs nobody gets
-    it for a block size: another one costs nothing.
-    """
-    if situation.device_type == "cpu":
-        return "cpu", "reference"
-    return ("triton", "reference") if situation.block_size % 16 == 0 else ("triton",)
+def block_multiple(asked: str, device_type: str) -> int:
+    """What the block sizes are multiples of that some kernel takes which may be chosen."""
+    names = _candidates(asked, device_type, block_size=1)
+    return min(kernel_class(name).block_multiple for name in names)
 
 
-def reasons_against(kernel: str, situation: Situation) -> list[str]:
-    """Why a kernel can't run there; empty when it can."""
-    if kernel in _MODULES:
-        reasons: list[str] = import_module(_MODULES[kernel]).reasons_against(situation)
-        return reasons
-    return _cpu_reasons(situation) if kernel == "cpu" else _reference_reasons(situation)
+def preferred_block_size(asked: str, device_type: str) -> int | None:
+    """The block size that is best for the first choice; None where it makes no difference."""
+    return kernel_class(_candidates(asked, device_type)[0]).preferred_block_size
 
 
-def _cpu_reasons(situation: Situation) -> list[str]:
-    reasons = []
-    heads = situation.heads
-    if situation.device_type != "cpu":
-        reasons.append(f"it runs on CPUs, not on {situation.device_type}")
-    if not serves(heads.dtype, heads.head_size):
-        reasons.append(
-            "it takes heads of a multiple of 16 dimensions in float32, float16 or bfloat16, not "
-            f"{heads.head_size} in {_name(heads.dtype)}"
-        )
-    if situation.block_size % 16 != 0:
-        reasons.append(
-            "it takes blocks of a multiple of 16 tokens, not --block-size "
-            f"{situation.block_size}; set --block-size 128"
-        )
-    if situation.cache_dtype != heads.dtype:
-        reasons.append(
-            f"it keeps the cache in the model's dtype, not in {_name(situation.cache_dtype)}"
-        )
-    return reasons
-
-
-def _reference_reasons(situation: Situation) -> list[str]:
-    if situation.cache_dtype.itemsize > 1:
-        return []
-    return [f"it keeps the cache in 16 or 32 bits, not in {_name(situation.cache_dtype)}"]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _candidates(asked: str, device_type: str, block_size: int = 16) -> tuple[str, ...]:
+    """The kernels to look at, best first. On GPUs nobody gets the plain kernel for a block size:
+    another one costs nothing."""
+    if asked != AUTOMATIC:
+        return (asked,)
+    names = _ORDER["cpu" if device_type == "cpu" else "cuda"]
+    if device_type != "cpu" and block_size % kernel_class(names[0]).block_multiple:
+        return names[:1]
+    return names

@@ -18,15 +18,8 @@ import torch
 from packaging.version import Version
 from torch.nn import functional
 
-from vllm_lminf.kernels.base import (
-    DeviceBatch,
-    Heads,
-    PagedCache,
-    Rotation,
-    ScoreRules,
-    Situation,
-)
-from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.kernels.base import DeviceBatch, LayerConfig, PagedCache
+from vllm_lminf.kernels.triton.layer import TritonCacheKernel
 from vllm_lminf.rope import rotate
 
 if TYPE_CHECKING:
@@ -36,52 +29,8 @@ Partial = tuple[torch.Tensor, torch.Tensor]
 """Attention over some of the keys [1, num_rows, num_kv_heads, group, head_size], and its
 log-sum-exp, float32 [1, num_kv_heads, group, num_rows]."""
 
-FEW_QUERIES = 8
-"""Requests with more queries are attended by FlashAttention."""
-
-
-def reasons_against(situation: Situation) -> list[str]:
-    """Why xformers can't run a layer; empty where it can."""
-    heads, capability = situation.heads, situation.capability
-    is_cuda = situation.device_type == "cuda"
-    refusals = [
-        (not is_cuda, f"xformers runs on CUDA devices, not on {situation.device_type!r}"),
-        (
-            is_cuda and capability is None,
-            "xformers is used with its operators for NVIDIA's devices alone: choose kernel triton",
-        ),
-        (
-            capability is not None and capability < (8, 0),
-            f"compute capability {'.'.join(map(str, capability or ()))}: xformers' operators take "
-            "8.0 and newer",
-        ),
-        (
-            heads.dtype not in (torch.float16, torch.bfloat16),
-            f"{heads.dtype}: xformers' operators take float16 and bfloat16; choose --dtype "
-            "bfloat16, or kernel triton",
-        ),
-        (
-            situation.cache_dtype != heads.dtype,
-            f"a cache of {situation.cache_dtype}: xformers' operators take a cache of the model's "
-            "own dtype; choose --kv-cache-dtype auto, or kernel triton",
-        ),
-        (
-            heads.head_size not in (16, 32, 64, 128, 256),
-            f"heads of {heads.head_size} dimensions: xformers' operators take 16, 32, 64, 128, "
-            "256; choose kernel triton",
-        ),
-        (
-            situation.block_size % 16 != 0,
-            f"blocks of {situation.block_size} tokens: xformers' operators take multiples of 16; "
-            "set --block-size 16",
-        ),
-        (
-            situation.has_softcap,
-            "a soft-cap on scores: xformers' operators have none; choose kernel triton",
-        ),
-        (situation.has_alibi, "ALiBi: xformers' operators have none; choose kernel triton"),
-    ]
-    return [reason for is_refused, reason in refusals if is_refused] + _library_reasons()
+_DTYPES = (torch.float16, torch.bfloat16)
+_HEAD_SIZES = (16, 32, 64, 128, 256)
 
 
 def _library_reasons() -> list[str]:
@@ -123,45 +72,70 @@ def _flash_attn_reasons() -> list[str]:
     ]
 
 
-def temporary_bytes(situation: Situation, num_tokens: int, max_requests: int) -> int:
-    """Bytes that a step allocates for a while, at the most: every request is in prefill, and so far
-    out that its window and its global keys are gathered."""
-    heads, pattern = situation.heads, situation.pattern
-    requests = max(1, min(max_requests, num_tokens // FEW_QUERIES))
-    window = num_tokens + requests * (pattern.n_local - 1)
-    prefix = requests * (pattern.n_global + 15)
-    key_bytes = 2 * heads.num_kv_heads * heads.head_size * heads.dtype.itemsize
-    # Gathered keys and values, and three integers for where each is; rotated in float32.
-    gathered = window * (key_bytes + 24) + prefix * (3 * key_bytes + 24)
-    # Queries, rotated in float32; partial results and their merge in float32.
-    return gathered + num_tokens * heads.num_heads * heads.head_size * (
-        4 * heads.dtype.itemsize + 4 * 4
-    )
-
-
-class XformersLayer:
-    """What a layer does with its cache.
-
-    Args:
-        heads: the layer's.
-        pattern: its Λ.
-        rules: how its products become scores.
-        rotation: the model's RoPE, or None where nothing is rotated.
-        operators: what to compute with; xformers' own choice if left out.
+class XformersKernel(TritonCacheKernel):
+    """See the module. For prefill it has to know lengths on the host, so no step is captured.
 
     Raises:
         ValueError: a rule isn't served.
         RuntimeError: the installed xformers can't be imported, or has no operator for prefill.
     """
 
-    def __init__(
-        self,
-        heads: Heads,
-        pattern: LambdaPattern,
-        rules: ScoreRules,
-        rotation: Rotation | None,
-        operators: "Operators | None" = None,
-    ) -> None:
+    @classmethod
+    def unsupported_reasons(cls, layer: LayerConfig) -> list[str]:
+        heads, capability, block_size = layer.heads, layer.capability, layer.block_size
+        on_cuda = layer.device.type == "cuda"
+        sizes = ", ".join(map(str, _HEAD_SIZES))
+        table = (
+            (not on_cuda, f"xformers runs on CUDA devices, not on {layer.device.type!r}"),
+            (
+                on_cuda and capability is None,
+                "xformers is used with its operators for NVIDIA's devices alone: choose kernel "
+                "triton",
+            ),
+            (
+                on_cuda and capability is not None and capability < (8, 0),
+                "compute capability {}.{}: xformers' operators take 8.0 and newer".format(
+                    *capability or (0, 0)
+                ),
+            ),
+            (
+                heads.dtype not in _DTYPES,
+                f"{heads.dtype}: xformers' operators take float16 and bfloat16; choose --dtype "
+                "bfloat16, or kernel triton",
+            ),
+            (
+                layer.cache_dtype != heads.dtype,
+                f"a cache of {layer.cache_dtype}: xformers' operators take a cache of the model's "
+                "own dtype; choose --kv-cache-dtype auto, or kernel triton",
+            ),
+            (
+                heads.head_size not in _HEAD_SIZES,
+                f"heads of {heads.head_size} dimensions: xformers' operators take {sizes}; choose "
+                "kernel triton",
+            ),
+            (
+                block_size % 16 != 0,
+                f"blocks of {block_size} tokens: xformers' operators take multiples of 16; set "
+                "--block-size 16",
+            ),
+            (
+                layer.rules.softcap is not None,
+                "a soft-cap on scores: xformers' operators have none; choose kernel triton",
+            ),
+            (
+                layer.rules.alibi_slopes is not None,
+                "ALiBi: xformers' operators have none; choose kernel triton",
+            ),
+        )
+        return [reason for applies, reason in table if applies] + _library_reasons()
+
+    def __init__(self, layer: LayerConfig, operators: "Operators | None" = None) -> None:
+        """
+        Args:
+            layer: the layer.
+            operators: what to compute with; xformers' own choice if left out.
+        """
+        # xformers is looked for where it is needed, and nowhere else.
         try:
             from vllm_lminf.kernels import xformers_plan
         except ImportError as error:
@@ -169,31 +143,44 @@ class XformersLayer:
                 f"kernel 'xformers': the installed xformers can't be imported ({error}); mend what "
                 "is named, or choose kernel triton"
             ) from error
+        heads, rules = layer.heads, layer.rules
         if rules.softcap is not None or rules.alibi_slopes is not None:
             raise ValueError("xformers' operators serve neither a soft-cap nor ALiBi")
+        super().__init__(layer)
         self._planning = xformers_plan
         self._operators = operators or xformers_plan.default_operators()
-        self._heads = heads
         self._group = heads.num_heads // heads.num_kv_heads
-        self._pattern = pattern
-        self._rotation = rotation
+        self._pattern = layer.pattern
+        self._rotation = layer.far_rotation
         self._scale = float(rules.scale)
-        self._sinks = rules.sinks
+        self._sinks = None if rules.sinks is None else rules.sinks.detach()
 
-    def lambda_attention(
+    def temporary_bytes(self, num_tokens: int, max_requests: int) -> int:
+        """At the most: every request is in prefill, and so far out that its window and its global
+        keys are gathered."""
+        heads, pattern = self._heads, self._pattern
+        requests = max(1, min(max_requests, num_tokens // self._planning.FEW_QUERIES))
+        window = num_tokens + requests * (pattern.n_local - 1)
+        prefix = requests * (pattern.n_global + 15)
+        key_bytes = 2 * heads.num_kv_heads * heads.head_size * heads.dtype.itemsize
+        # Gathered keys and values, and three integers for where each is; rotated in float32.
+        gathered = window * (key_bytes + 24) + prefix * (3 * key_bytes + 24)
+        # Queries, rotated in float32; partial results and their merge in float32.
+        row_bytes = heads.num_heads * heads.head_size * (4 * heads.dtype.itemsize + 4 * 4)
+        return gathered + num_tokens * row_bytes
+
+    def attend(
         self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
     ) -> None:
-        """Attention of a batch of requests, prefill and decode mixed freely.
+        """See `Kernel`.
 
         Args:
-            query: rotated by its true position; shape [num_tokens, num_heads, head_size]; rows
-                past the last request's are padding.
-            cache: the keys and values, those of this step included, in any memory order in which
-                tokens are evenly spaced from block to block, see `xformers_plan.Pages`. The slots
-                before a window, in the block where it starts, hold finite numbers: they are the
-                request's own.
-            batch: the batch.
-            output: written in place; of query's shape.
+            query: see `Kernel`.
+            cache: likewise, in any memory order in which tokens are evenly spaced from block to
+                block, see `xformers_plan.Pages`. The slots before a window, in the block where it
+                starts, hold finite numbers: they are the request's own.
+            batch: see `Kernel`.
+            output: likewise.
 
         Raises:
             ValueError: the cache's memory order isn't served.
@@ -213,26 +200,20 @@ class XformersLayer:
         output.copy_(result.view(output.shape))
 
     def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
-        """Compiles and loads what `lambda_attention` can launch for any number of requests.
-
-        Requests stand at position 0 of the cache's first block, which belongs to nobody: what is
-        read there is used for nothing.
-
-        Args:
-            cache: the layer's.
-            max_requests: no batch has more requests.
-            max_query_len: no request has more queries.
-        """
+        """See `Kernel`. Requests stand at position 0 of the cache's first block, which belongs to
+        nobody: what is read there is used for nothing."""
+        super().warm_up(cache, max_requests, max_query_len)
         heads, device = self._heads, cache.key.device
         few = [1 << n for n in range((max_requests - 1).bit_length() + 1)]
-        for requests, queries in [*((n, 1) for n in few), (1, min(max_query_len, FEW_QUERIES + 1))]:
+        many = min(max_query_len, self._planning.FEW_QUERIES + 1)
+        for requests, queries in [*((n, 1) for n in few), (1, many)]:
             rows = requests * queries
             shape = 2, rows, heads.num_heads, heads.head_size
             query, output = torch.zeros(shape, dtype=heads.dtype, device=device)
             start = torch.arange(0, rows + 1, queries, dtype=torch.int32, device=device)
             lens = torch.full_like(start[1:], queries)
             table = torch.zeros_like(lens[:, None])
-            self.lambda_attention(query, cache, DeviceBatch(start, lens, table, queries), output)
+            self.attend(query, cache, DeviceBatch(start, lens, table, queries), output)
 
     def _plan(
         self, batch: DeviceBatch, num_tokens: int, cache: PagedCache, pages: "Pages"

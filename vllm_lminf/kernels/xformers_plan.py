@@ -12,10 +12,12 @@ from xformers.ops import fmha
 from xformers.ops.fmha import attn_bias
 
 from vllm_lminf.kernels.base import DeviceBatch, PagedCache, Rotation
-from vllm_lminf.kernels.xformers import FEW_QUERIES
 from vllm_lminf.pattern import MAX_POSITION, LambdaPattern, cdiv
 
 TensorPair = tuple[torch.Tensor, torch.Tensor]
+
+FEW_QUERIES = 8
+"""Requests with more queries are attended by FlashAttention."""
 
 
 class Operators(NamedTuple):

@@ -3,25 +3,24 @@
 import os
 from typing import TYPE_CHECKING
 
-import torch
 from vllm.logger import init_logger
 
-from vllm_lminf.errors import BuildError, SettingsError, UnsupportedError
-from vllm_lminf.kernels.base import Heads, Situation
-from vllm_lminf.kernels.cpu import build
+from vllm_lminf.errors import SettingsError, UnsupportedError
+from vllm_lminf.kernels import registry
 from vllm_lminf.pattern import MAX_POSITION, LambdaPattern
 from vllm_lminf.plugin import patches, speculation, trained_length
 from vllm_lminf.plugin.config import (
     BACKEND_NAME,
     BACKEND_VARIABLE,
-    SECTION,
     VARIABLE_PREFIX,
+    LambdaConfig,
     Settings,
     given_settings,
     is_backend_name,
     is_near_miss,
     question_of_variables,
 )
+from vllm_lminf.plugin.layer_config import cache_dtype_of, layer_config_of
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -100,73 +99,46 @@ def _select(args: "EngineArgs") -> bool:
     return True
 
 
-def pattern_of(config: "VllmConfig") -> LambdaPattern:
-    """The Λ of an engine. The same in all its processes: they share arguments and environment."""
-    settings = Settings.read(config.additional_config, os.environ)
-    return settings.pattern(trained_length.of(speculation.target_of(config)).length)
-
-
-def kernel_of(config: "VllmConfig") -> str:
-    """The kernel that the user asked for: one of `vllm_lminf.plugin.config.KERNELS`."""
-    return Settings.read(config.additional_config, os.environ).kernel
-
-
-def pattern_being_built(config: "VllmConfig") -> LambdaPattern:
-    """The Λ of the model that is built under this configuration: the engine's, or a draft's."""
-    model = config.model_config
-    if not speculation.is_draft(model):
-        return pattern_of(config)
-    return speculation.draft_pattern(pattern_of(config), patches.trained_length(model))
-
-
 def check(config: "VllmConfig") -> None:
-    """Refuses what an engine's configuration asks for and LMINF doesn't do, and completes it.
+    """Refuses what an engine's configuration asks for and LMINF doesn't do, and completes it: what
+    the settings come to is written into it, for all processes of the engine.
+
+    Safe to repeat, for a copy too.
 
     Raises:
         SettingsError: the settings make no Λ with this model.
         UnsupportedError: the model or a feature isn't served.
     """
+    settings = Settings.read(config.additional_config, os.environ)
     reasons = [
         *_model_reasons(config.model_config, "generate"),
         *_draft_model_reasons(config),
         *_feature_reasons(config),
-        *_kernel_reasons(config),
     ]
+    trained = trained_length.of(speculation.target_of(config))
     try:
-        pattern = pattern_of(config)
+        resolved = LambdaConfig.resolve(settings, trained)
     except SettingsError as error:
+        reasons += _kernel_reasons(config, settings.kernel, LambdaPattern(1, 1, 1))
         if not reasons:
             raise
-        reasons += error.problems
-    else:
-        reasons += _window_reasons(config, pattern)
+        raise UnsupportedError(reasons + error.problems) from error
+    reasons += _kernel_reasons(config, resolved.kernel, resolved.pattern)
+    reasons += _window_reasons(config, resolved)
     if reasons:
         raise UnsupportedError(reasons)
     speculation.join(config)
-    record_settings(config)
+    config.additional_config = resolved.added_to(config.additional_config)
 
 
-def record_settings(config: "VllmConfig") -> None:
-    """Writes what the settings came to into the configuration, as if the user had named them all.
-
-    vLLM keys its cache of compiled models by the configuration, and by variables of the environment
-    that the process which compiles has declared: ours are none of them there. What is compiled
-    depends on them by LongRoPE's magnitude, which goes by the distance limit.
-    """
-    if isinstance(config.additional_config, dict):
-        given = config.additional_config.get(SECTION, {})
-        section = {**given, **vars(pattern_of(config)), "kernel": kernel_of(config)}
-        config.additional_config = {**config.additional_config, SECTION: section}
-
-
-def _window_reasons(config: "VllmConfig", pattern: LambdaPattern) -> list[str]:
-    window = trained_length.of(config.model_config).window
+def _window_reasons(config: "VllmConfig", resolved: LambdaConfig) -> list[str]:
+    window = resolved.trained.window
     if not config.model_config.disable_sliding_window or window is None:
         return []
-    if pattern.n_local <= window:
+    if resolved.n_local <= window:
         return []
     return [
-        f"--disable-sliding-window, and n_local {pattern.n_local}: the model was trained with "
+        f"--disable-sliding-window, and n_local {resolved.n_local}: the model was trained with "
         f"windows of {window} tokens; leave n_local out, or set it to {window} or less"
     ]
 
@@ -232,93 +204,21 @@ def _feature_reasons(config: "VllmConfig") -> list[str]:
     return reasons
 
 
-def _kernel_reasons(config: "VllmConfig") -> list[str]:
-    """Why no kernel that was asked for can run. Where the compiled one is likely to, it starts to
-    compile."""
-    from vllm_lminf.kernels.registry import choose
-
-    try:
-        asked = kernel_of(config)
-    except SettingsError:
-        return []  # told with all other settings
-    try:
-        pattern = pattern_of(config)
-    except SettingsError:
-        pattern = LambdaPattern(1, 1, 1)  # likewise
-    model = config.model_config
-    if (
-        model.is_attention_free
-        or cache_dtype_of(config.cache_config.cache_dtype, model.dtype) is None
-    ):
+def _kernel_reasons(config: "VllmConfig", asked: str, pattern: LambdaPattern) -> list[str]:
+    """Why no kernel that was asked for can run. The automatic one starts to compile, if it does."""
+    model, word = config.model_config, config.cache_config.cache_dtype
+    if model.is_attention_free or cache_dtype_of(word, model.dtype) is None:
         return []  # told with the model, or with the features
-    choice = choose(asked, situation_of(config, pattern))
-    word = config.cache_config.cache_dtype
+    layer = layer_config_of(config, pattern)
+    is_automatic = asked == registry.AUTOMATIC
+    choice = registry.choose(asked, layer, load=not is_automatic)
+    if choice.kernel is not None:
+        if is_automatic:
+            registry.kernel_class(choice.kernel).start_loading(layer)
+        return []
     named = "" if word == "auto" else f" with --kv-cache-dtype {word}"
-    reasons = [
+    return [
         f"kernel {kernel!r}{named}: {reason}"
         for kernel, against in choice.against.items()
         for reason in against
     ]
-    if asked in ("flash", "hybrid"):
-        absent = patches.reasons_against_flash_attention()
-        return reasons + [f"kernel {asked!r}{named}: {reason}" for reason in absent]
-    dtype = str(model.dtype).removeprefix("torch.")
-    if asked == "cpu":
-        try:
-            build.load_library(dtype)
-        except BuildError as error:
-            reasons.append(f"kernel 'cpu'{named}: {error}")
-        return reasons
-    if choice.kernel == "cpu":
-        build.start(dtype)
-    return reasons if choice.kernel is None else []
-
-
-def cache_dtype_of(word: str, model_dtype: torch.dtype) -> torch.dtype | None:
-    """What --kv-cache-dtype says, as a dtype; None for what no kernel of ours reads."""
-    from vllm.platforms import current_platform
-
-    if word == "auto":
-        return model_dtype
-    if word in ("fp8", "fp8_e4m3"):
-        dtype: torch.dtype = current_platform.fp8_dtype()  # some AMD devices have another one
-        return dtype
-    known = {
-        "float16": torch.float16,
-        "bfloat16": torch.bfloat16,
-        "float32": torch.float32,
-        "fp8_e5m2": torch.float8_e5m2,
-    }
-    return known.get(word)
-
-
-def situation_of(config: "VllmConfig", pattern: LambdaPattern) -> Situation:
-    """Where the layers of an engine's model will run, as far as its configuration tells.
-
-    What it doesn't tell is assumed to suit: each layer looks again, once it is there.
-    """
-    from vllm.platforms import current_platform
-
-    model, parallel = config.model_config, config.parallel_config
-    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
-    text = model.hf_text_config
-    return Situation(
-        device_type=config.device_config.device_type,
-        capability=None if capability is None else (capability.major, capability.minor),
-        heads=Heads(
-            model.get_num_attention_heads(parallel),
-            model.get_num_kv_heads(parallel),
-            model.get_head_size(),
-            model.dtype,
-        ),
-        pattern=pattern,
-        cache_dtype=cache_dtype_of(config.cache_config.cache_dtype, model.dtype) or model.dtype,
-        block_size=config.cache_config.block_size or ANY_BLOCK_SIZE,
-        has_rotation=not model.uses_alibi,
-        has_alibi=bool(model.uses_alibi),
-        has_softcap=bool(getattr(text, "attn_logit_softcapping", None)),
-    )
-
-
-ANY_BLOCK_SIZE = 16
-"""Stands for one that vLLM is still to choose, among those that the kernel takes."""

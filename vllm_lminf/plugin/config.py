@@ -3,15 +3,19 @@
 A setting is taken from ``--additional-config '{"lminf": {...}}'`` first, then from its environment
 variable, then from its default. What looks like a setting and stands where nothing reads it is
 refused: the engine would run without it, and nobody would know.
+
+They are read once, in the process where the user typed them (`vllm_lminf.plugin.checks`), and
+resolved to a `LambdaConfig`. All else, in whatever process, reads that.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from difflib import SequenceMatcher, get_close_matches
-from typing import Any
+from typing import Any, Self
 
 from vllm_lminf.errors import SettingsError
+from vllm_lminf.kernels import registry
 from vllm_lminf.pattern import MAX_POSITION, LambdaPattern, shown
 
 BACKEND_NAME = "LMINF"
@@ -21,7 +25,7 @@ VARIABLE_PREFIX = "VLLM_LMINF_"
 
 DEFAULT_N_GLOBAL = 10
 
-KERNELS = ("auto", "triton", "hybrid", "xformers", "flash", "cpu", "reference")
+KERNELS = (registry.AUTOMATIC, *registry.NAMES)
 """For GPUs: ``triton``, ``xformers``, ``flash`` (FlashAttention, from the package that vLLM ships)
 and ``hybrid`` (``flash`` for prefill and ``triton`` for decoding). ``cpu``: compiled, for CPUs.
 ``reference``: plain PyTorch, anywhere. ``auto``: the best that can run, see
@@ -95,7 +99,7 @@ class Settings:
     n_global: int = DEFAULT_N_GLOBAL
     n_local: int | None = None
     distance_limit: int | None = None
-    kernel: str = "auto"
+    kernel: str = registry.AUTOMATIC
 
     @classmethod
     def read(
@@ -171,6 +175,115 @@ class Settings:
             raise SettingsError([str(error)], _HOW) from error
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a model was trained on; see `vllm_lminf.plugin.trained_length`.
+
+    Attributes:
+        length: tokens of context; None if its configuration doesn't tell.
+        longest: the same, with LongRoPE's long factors; otherwise equal to length.
+        window: tokens of the sliding windows that options took from layers which were trained with
+            them; None if there are none. Neither length nor longest is above it.
+        remarks: what of it isn't plainly the checkpoint's word, a sentence each.
+    """
+
+    length: int | None
+    longest: int | None
+    window: int | None = None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LambdaConfig:
+    """What an engine runs with: every setting, resolved.
+
+    It lies in the engine's configuration as the plain dictionary ``additional_config["lminf"]``, so
+    that vLLM takes it to all processes of the engine, and keys its cache of compiled models by it:
+    what is compiled depends on distance_limit, by LongRoPE's magnitude.
+
+    Attributes:
+        n_global, n_local, distance_limit: the Λ.
+        kernel: one of `KERNELS`.
+        trained: what the model was trained on.
+    """
+
+    n_global: int
+    n_local: int
+    distance_limit: int
+    kernel: str
+    trained: Trained
+
+    @classmethod
+    def resolve(cls, settings: Settings, trained: Trained) -> Self:
+        """What the settings come to for a model.
+
+        Raises:
+            SettingsError: they make no Λ with what it was trained on.
+        """
+        pattern = settings.pattern(trained.length)
+        return cls(
+            pattern.n_global, pattern.n_local, pattern.distance_limit, settings.kernel, trained
+        )
+
+    @classmethod
+    def of(cls, engine: Any) -> Self:
+        """That of an engine, from its configuration, vLLM's VllmConfig.
+
+        Raises:
+            RuntimeError: the configuration wasn't completed.
+        """
+        given = engine.additional_config
+        resolved = cls._from(given.get(SECTION)) if isinstance(given, Mapping) else None
+        if resolved is None:
+            raise RuntimeError(
+                f"{BACKEND_NAME}'s settings aren't resolved in this engine's configuration: "
+                f'additional_config["{SECTION}"] is completed by EngineArgs.create_engine_config'
+            )
+        return resolved
+
+    @property
+    def pattern(self) -> LambdaPattern:
+        """The Λ."""
+        return LambdaPattern(self.n_global, self.n_local, self.distance_limit)
+
+    def added_to(self, additional_config: object) -> dict[str, Any]:
+        """A copy of vLLM's additional_config that holds this.
+
+        Raises:
+            SettingsError: it is none that can hold an entry.
+        """
+        if not isinstance(additional_config, Mapping):
+            problem = f"additional_config is {shown(additional_config)}: it must be an object"
+            raise SettingsError([f"{problem}, as in {_PLACE}"], _HOW)
+        section = asdict(self)
+        section["trained"]["remarks"] = list(self.trained.remarks)
+        return {**additional_config, SECTION: section}
+
+    @classmethod
+    def _from(cls, section: object) -> Self | None:
+        """What `added_to` wrote; None where it is anything else."""
+        if not isinstance(section, Mapping) or section.keys() != {f.name for f in fields(cls)}:
+            return None
+        trained = section["trained"]
+        if not isinstance(trained, Mapping) or trained.keys() != {f.name for f in fields(Trained)}:
+            return None
+        own = {**trained, "remarks": tuple(trained["remarks"])}
+        return cls(**{**section, "trained": Trained(**own)})
+
+    def _deviations(self) -> dict[str, Any]:
+        """The settings that would come to this, as few as possible: what is as it would be by
+        itself for such a model is left out, so that for another one it may be otherwise."""
+        plain = Settings()
+        by_itself = {
+            "n_global": plain.n_global,
+            "n_local": self.trained.length,
+            "distance_limit": self.n_local,
+            "kernel": plain.kernel,
+        }
+        own = {name: getattr(self, name) for name in _NAMES}
+        return {name: value for name, value in own.items() if value != by_itself[name]}
+
+
 def _section(additional_config: object, problems: list[str]) -> Mapping[str, Any]:
     if isinstance(additional_config, (str, bytes, int, float, list, tuple)):
         problems.append(
@@ -187,7 +300,8 @@ def _section(additional_config: object, problems: list[str]) -> Mapping[str, Any
             "settings"
         )
         return {}
-    return section
+    resolved = LambdaConfig._from(section)  # of a configuration that is completed again
+    return section if resolved is None else resolved._deviations()
 
 
 def _misplaced(tree: object, where: str, is_top: bool = True) -> Iterator[str]:

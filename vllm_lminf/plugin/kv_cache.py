@@ -23,8 +23,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from vllm_lminf.pattern import LambdaPattern, cdiv
-from vllm_lminf.plugin.checks import pattern_of
-from vllm_lminf.plugin.config import BACKEND_NAME
+from vllm_lminf.plugin.config import BACKEND_NAME, LambdaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +272,7 @@ def advice(config: VllmConfig, specs: Sequence[Specs], available_memory: Sequenc
         specs: of every worker, the caches of its layers.
         available_memory: of every worker, in bytes.
     """
-    n_local = pattern_of(config).n_local
+    n_local = LambdaConfig.of(config).n_local
     fits = _largest_n_local(config, specs, available_memory)
     smaller = (
         f"n_local {fits} fits"
@@ -295,7 +294,7 @@ def _largest_n_local(
 
     A layer with a window of its own keeps it. One block is left to vLLM, which puts it aside.
     """
-    n_local = pattern_of(config).n_local
+    n_local = LambdaConfig.of(config).n_local
 
     def fits(window: int) -> bool:
         for layers, memory in zip(specs, available_memory, strict=True):

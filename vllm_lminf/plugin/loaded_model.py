@@ -4,7 +4,7 @@ vLLM tells an attention layer neither which model it is part of nor when that mo
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
@@ -12,13 +12,29 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.config import VllmConfig
 
 from vllm_lminf.errors import UnsupportedError
-from vllm_lminf.plugin import hugging_face, rotary
-from vllm_lminf.plugin.probe import find_rotations
+from vllm_lminf.kernels.base import Kernel
+from vllm_lminf.kernels.cpu.kernel import CpuKernel
+from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin import hugging_face, probe, rotary
+from vllm_lminf.plugin.rotary import Rotary
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from vllm_lminf.plugin.impl import LambdaAttentionImpl
+
+class Layer(probe.Layer, Protocol):
+    """An attention layer that waits for its model.
+
+    Attributes:
+        model_pattern: the model's Λ, which the layer's own may differ from.
+        kernel_class: of the kernel that it will run.
+    """
+
+    model_pattern: LambdaPattern
+    kernel_class: type[Kernel]
+
+    def make_ready(self, rotary: Rotary | None) -> None:
+        """Is called with the rotation that turns the layer's queries and keys."""
 
 
 class LoadedModels:
@@ -30,19 +46,19 @@ class LoadedModels:
     """
 
     def __init__(self) -> None:
-        self._waiting: WeakSet[LambdaAttentionImpl] = WeakSet()
+        self._waiting: WeakSet[Layer] = WeakSet()
         self._holders: WeakSet[nn.Module] = WeakSet()
         self._handle: RemovableHandle | None = None
-        self._unsettled: WeakKeyDictionary[nn.Module, list[LambdaAttentionImpl]]
+        self._unsettled: WeakKeyDictionary[nn.Module, list[Layer]]
         self._unsettled = WeakKeyDictionary()
 
-    def expect(self, impl: "LambdaAttentionImpl") -> None:
+    def expect(self, impl: Layer) -> None:
         """Starts to look for the model that this layer will be part of."""
         self._waiting.add(impl)
         if self._handle is None:
             self._handle = register_module_module_registration_hook(self._on_registration)
 
-    def join(self, impl: "LambdaAttentionImpl") -> nn.Module:
+    def join(self, impl: Layer) -> nn.Module:
         """The model that holds this layer; to be called once its weights are there.
 
         Raises:
@@ -69,12 +85,12 @@ class LoadedModels:
             model, impls = self._unsettled.popitem()
             if _layers_of(impls[0].engine) is not _layers_of(engine):
                 continue
-            compiled = all(impl.compiled is not None for impl in impls)
+            compiled = all(issubclass(impl.kernel_class, CpuKernel) for impl in impls)
             limit = impls[0].model_pattern.distance_limit
             unserved = make_rotations_exact(model, impls[0].device, limit, compiled)
             holders: list[Any] = [m for m in model.modules() if getattr(m, "impl", None) in impls]
             layers = {holder.layer_name: holder.impl for holder in holders}
-            for name, found in find_rotations(model, layers, unserved).items():
+            for name, found in probe.find_rotations(model, layers, unserved).items():
                 layers[name].make_ready(found)
 
     def _on_registration(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -91,7 +107,7 @@ class LoadedModels:
             self._handle = None
         self._holders.clear()
 
-    def _model_around(self, impl: "LambdaAttentionImpl") -> nn.Module:
+    def _model_around(self, impl: Layer) -> nn.Module:
         """The largest module that holds the layer: vLLM puts its layers into a model of Hugging
         Face's when that is whole, so that several may be left that nothing was seen to hold."""
 

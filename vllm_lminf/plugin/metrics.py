@@ -13,8 +13,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 from vllm.v1.request import Request
 
-from vllm_lminf.plugin import patches
-from vllm_lminf.plugin.checks import pattern_of
+from vllm_lminf.plugin.config import LambdaConfig
 from vllm_lminf.plugin.kv_cache import LambdaManager
 
 BLOCKS_PINNED = "lminf_kv_blocks_pinned"
@@ -82,6 +81,13 @@ class Meter:
         return {BLOCKS_PINNED: pinned, BLOCKS_FREED: freed, TOKENS_OUTSIDE: outside}
 
 
+def unload_stats(stats: SchedulerStats) -> dict[str, int]:
+    """Takes the numbers out of a step's statistics; empty where they carry none. How they came
+    there, see `vllm_lminf.plugin.patches`."""
+    carrier = stats.num_kv_fetch_reqs_by_stage
+    return {name: carrier.pop(name) for name in NAMES if name in carrier}
+
+
 class LambdaStatLogger(AggregateStatLoggerBase):
     """Shows the numbers of every engine that this process fronts, labelled as vLLM's own are.
 
@@ -113,7 +119,7 @@ class LambdaStatLogger(AggregateStatLoggerBase):
             multiprocess_mode="mostrecent",
         )
         # As vLLM does for its own: prometheus_client has no Info for several processes.
-        pattern = pattern_of(vllm_config)
+        pattern = LambdaConfig.of(vllm_config).pattern
         settings = {
             "n_global": pattern.n_global,
             "n_local": pattern.n_local,
@@ -139,7 +145,7 @@ class LambdaStatLogger(AggregateStatLoggerBase):
         mm_cache_stats: MultiModalCacheStats | None = None,
         engine_idx: int = 0,
     ) -> None:
-        if scheduler_stats and (numbers := patches.unload_stats(scheduler_stats)):
+        if scheduler_stats and (numbers := unload_stats(scheduler_stats)):
             self._pinned[engine_idx].set(numbers[BLOCKS_PINNED])
             self._freed[engine_idx].inc(numbers[BLOCKS_FREED])
             self._outside[engine_idx].set(numbers[TOKENS_OUTSIDE])

@@ -150,7 +150,7 @@ def _wrap_scheduler() -> None:
     no place for a plugin's numbers, and the scheduler's class is the user's to choose.
 
     The numbers travel in a field that maps names to counts, under names that no reader of vLLM
-    knows; `unload_stats` takes them out before vLLM's own loggers see them.
+    knows; `metrics.unload_stats` takes them out before vLLM's own loggers see them.
     """
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -172,14 +172,6 @@ def _wrap_scheduler() -> None:
         return make_stats
 
     _wrap(Scheduler, "make_stats", make)
-
-
-def unload_stats(stats: Any) -> dict[str, int]:
-    """Takes the numbers out of a step's `SchedulerStats`; empty where it carries none."""
-    from vllm_lminf.plugin.metrics import NAMES
-
-    carrier = stats.num_kv_fetch_reqs_by_stage
-    return {name: carrier.pop(name) for name in NAMES if name in carrier}
 
 
 def _wrap_stat_loggers() -> None:

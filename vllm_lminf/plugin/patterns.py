@@ -1,4 +1,4 @@
-"""Which Λ a layer computes, and which one its KV cache is kept by."""
+"""Which Λ a model and each of its layers computes, and which one a layer's KV cache is kept by."""
 
 from functools import reduce
 
@@ -6,7 +6,16 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin.checks import pattern_of
+from vllm_lminf.plugin import patches, speculation
+from vllm_lminf.plugin.config import LambdaConfig
+
+
+def model_pattern(config: VllmConfig) -> LambdaPattern:
+    """The Λ of the model that is built under this configuration: the engine's, or a draft's."""
+    pattern, model = LambdaConfig.of(config).pattern, config.model_config
+    if not speculation.is_draft(model):
+        return pattern
+    return speculation.draft_pattern(pattern, patches.trained_length(model))
 
 
 def layer_pattern(pattern: LambdaPattern, own_window: int | None) -> LambdaPattern:
@@ -24,7 +33,7 @@ def cache_pattern(engine: VllmConfig, own_window: int | None) -> LambdaPattern:
     any of them sees; each layer still looks at its own part alone. The layers of this process
     must all be built by then.
     """
-    pattern = pattern_of(engine)
+    pattern = LambdaConfig.of(engine).pattern
     if not engine.scheduler_config.disable_hybrid_kv_cache_manager:
         return layer_pattern(pattern, own_window)
     layers = get_layers_from_vllm_config(engine, Attention).values()

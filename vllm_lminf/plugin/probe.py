@@ -9,10 +9,10 @@ factors that depend on the position) shows in these numbers, whatever the model'
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,17 +21,37 @@ from vllm.distributed import get_pp_group
 from vllm.forward_context import set_forward_context
 
 from vllm_lminf.errors import UnsupportedError
-from vllm_lminf.plugin import patches, trained_length
+from vllm_lminf.kernels.base import ScoreRules
+from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin import patches, speculation, trained_length
+from vllm_lminf.plugin.config import LambdaConfig
 from vllm_lminf.plugin.rotary import Rotary
 from vllm_lminf.rope import rotate
-
-if TYPE_CHECKING:
-    from vllm_lminf.plugin.impl import LambdaAttentionImpl
 
 NUM_TOKENS = 8
 
 Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Is shown the queries, keys and values of a layer; each [num_tokens, heads, head_size]."""
+
+
+class Layer(Protocol):
+    """An attention layer, as far as it matters here.
+
+    Attributes:
+        engine: what it is built for.
+        device: where its model is.
+        pattern: its Λ.
+        rules: how its products become scores.
+        head_size: dimensions of a head.
+        watch: is called, where it is set, by a run that computes no attention.
+    """
+
+    engine: VllmConfig
+    device: torch.device
+    pattern: LambdaPattern
+    rules: ScoreRules
+    head_size: int
+    watch: Watch | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,7 @@ class _Seen:
 
 def find_rotations(
     model: nn.Module,
-    layers: "dict[str, LambdaAttentionImpl]",
+    layers: Mapping[str, Layer],
     unserved: dict[nn.Module, UnsupportedError],
 ) -> dict[str, Rotary | None]:
     """Finds the rotation of every layer, or refuses.
@@ -97,9 +117,7 @@ def _listed(names: list[str]) -> str:
     return f"{word} {', '.join(names[:3])}{more}"
 
 
-def _find_rotation(
-    impl: "LambdaAttentionImpl", rest: _Seen, seen: _Seen, positions: torch.Tensor
-) -> Rotary | None:
+def _find_rotation(impl: Layer, rest: _Seen, seen: _Seen, positions: torch.Tensor) -> Rotary | None:
     """The rotation that makes of what was seen at position 0 what was seen at these positions."""
     tolerance = seen.tolerance
     for what in ("query", "key", "value"):
@@ -190,8 +208,11 @@ def _check_scale(engine: VllmConfig, factor: float, position: int) -> None:
     position itself: it is known at those that the model was trained on."""
     if factor == 1.0:
         return
-    length = trained_length.of(engine.model_config).length
-    if length is not None and engine.model_config.max_model_len <= length:
+    model = engine.model_config
+    length = LambdaConfig.of(engine).trained.length
+    if speculation.is_draft(model):
+        length = trained_length.of(model).length
+    if length is not None and model.max_model_len <= length:
         return
     serves = "" if length is None else f"; --max-model-len {length} serves what it was trained on"
     raise UnsupportedError(
@@ -208,7 +229,7 @@ class _Runs:
     def __init__(
         self,
         model: nn.Module,
-        layers: "dict[str, LambdaAttentionImpl]",
+        layers: Mapping[str, Layer],
         unserved: dict[nn.Module, UnsupportedError],
         engine: VllmConfig,
     ) -> None:

@@ -83,7 +83,8 @@ class ExactRotaryEmbedding(nn.Module):
             The rotated queries and keys: new tensors or, as with vLLM's own rotary modules, the
             given ones, written in place.
         """
-        positions = positions.flatten()
+        if positions.dim() != 1:
+            positions = positions.flatten()
         if self.fused and _computes(query):
             return self._turn_fused(positions, query, key)
         if torch.compiler.is_compiling():

@@ -7,49 +7,19 @@ line. Who knows better than the checkpoint's configuration sets n_local.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import patches
+from vllm_lminf.plugin.config import Trained
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.config import ModelConfig
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a model was trained on.
-
-    Attributes:
-        length: tokens of context; None if its configuration doesn't tell.
-        longest: the same, with LongRoPE's long factors; otherwise equal to length.
-        window: tokens of the sliding windows that options took from layers which were trained with
-            them; None if there are none. Neither length nor longest is above it.
-        remarks: what of it isn't plainly the checkpoint's word, a sentence each.
-    """
-
-    length: int | None
-    longest: int | None
-    window: int | None = None
-    remarks: tuple[str, ...] = ()
-
-
 def of(model: "ModelConfig") -> Trained:
-    """What an engine's model was trained on.
-
-    It is found out once, in the process that the engine is started from, and travels with the
-    configuration.
-    """
-    known: Trained | None = vars(model).get("_lminf_trained")
-    if known is None:
-        known = _find_out(model)
-        model._lminf_trained = known
-    return known
-
-
-def _find_out(model: "ModelConfig") -> Trained:
+    """What an engine's model was trained on."""
     overridden = bool(model.hf_overrides)
     changed = overridden or model.disable_sliding_window
     own = patches.as_the_checkpoint_says(model) if changed else model

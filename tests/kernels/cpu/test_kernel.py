@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tests.kernels.batches import Batch, Case, make_batch, make_rotary
 from tests.kernels.cases import CASES, FAR_CASES, VERY_FAR_CASES, assert_close
+from tests.kernels.layers import int32_batch, joint_cache, make_layer
 from vllm_lminf.kernels import oracle
-from vllm_lminf.kernels.base import ScoreRules
-from vllm_lminf.kernels.cpu.kernel import CpuBatch, CpuLayer, CpuRotation, serves
-from vllm_lminf.kernels.reference import far_rotations
+from vllm_lminf.kernels.base import DeviceBatch, Heads, LayerConfig, PagedCache, ScoreRules
+from vllm_lminf.kernels.cpu.kernel import CpuBatch, CpuKernel, CpuRotation
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotationTables, rotate
 
@@ -33,6 +33,17 @@ WINDOWS_OF_STEPS = [
     Case("chunked", ((900, 300),), heads=(9, 3), block_size=64, pattern=(100, 600, 650)),
     Case("mixed", ((1200, 1), (800, 130), (0, 270)), heads=(7, 1), pattern=(20, 513, 513)),
 ]
+
+
+def layer_of(
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+    pattern: LambdaPattern = LambdaPattern(0, 4, 4),  # noqa: B008
+) -> LayerConfig:
+    """A layer that rotates nothing."""
+    return make_layer(Heads(num_heads, num_kv_heads, head_size, dtype), pattern, ScoreRules(0.2))
 
 
 def exact_and_tolerance(batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
@@ -94,25 +105,20 @@ class Stretch:
         if rotates:
             query, key = (rotate(x, angles.cos(), angles.sin(), True) for x in (query, key))
         query, key, value = (x.to(dtype) for x in (query, key, self.value))
-        layer = CpuLayer(num_heads, num_kv_heads, head_size, dtype, rules)
+        heads = Heads(num_heads, num_kv_heads, head_size, dtype)
+        rotary = self.rotary if rotates else None
+        kernel = CpuKernel(make_layer(heads, pattern, rules, rotary=rotary))
         num_blocks = cdiv(length, 32)
         cache = torch.full((1 + num_blocks, num_kv_heads, 32, 2 * head_size), torch.nan).to(dtype)
         table = 1 + torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))
         slots = table[positions // 32] * 32 + positions % 32
-        tables = RotationTables(self.rotary.inv_freq)
+        halves = joint_cache(cache)
         output = torch.full_like(query, torch.nan)
         for start, end in itertools.pairwise([*starts, length]):
             rows = slice(start, end)
-            layer.write_cache(key[rows], value[rows], cache, slots[rows])
-            far = far_rotations(tables, True, positions[rows], pattern) if rotates else None
-            batch = CpuBatch(
-                torch.tensor([0, end - start], dtype=torch.int32),
-                torch.tensor([end], dtype=torch.int32),
-                table[None].int(),
-                pattern,
-                far,
-            )
-            layer.lambda_attention(query[rows], cache, batch, output[rows])
+            kernel.write_cache(key[rows], value[rows], halves, slots[rows])
+            batch = int32_batch([0, end - start], [end], [table.tolist()])
+            kernel.attend(query[rows], halves, batch, output[rows])
         return output
 
 
@@ -226,18 +232,12 @@ class TestRows:
         outputs = []
         for contiguous in (False, True):
             q, k, v = (x.contiguous() if contiguous else x for x in (query, key, value))
-            layer = CpuLayer(4, 2, 32, dtype, ScoreRules(0.2))
-            cache = torch.full((3, 2, 16, 64), torch.nan, dtype=dtype)
-            layer.write_cache(k, v, cache, torch.arange(16, 36))
-            batch = CpuBatch(
-                torch.tensor([0, 20], dtype=torch.int32),
-                torch.tensor([20], dtype=torch.int32),
-                torch.tensor([[1, 2]], dtype=torch.int32),
-                LambdaPattern(0, 11, 11),
-                None,
-            )
+            kernel = CpuKernel(layer_of(4, 2, 32, dtype, LambdaPattern(0, 11, 11)))
+            cache = joint_cache(torch.full((3, 2, 16, 64), torch.nan, dtype=dtype))
+            kernel.write_cache(k, v, cache, torch.arange(16, 36))
+            batch = int32_batch([0, 20], [20], [[1, 2]])
             wide = torch.full((20, 5, 32), -7.0, dtype=dtype)
-            layer.lambda_attention(q, cache, batch, wide[:, 1:])
+            kernel.attend(q, cache, batch, wide[:, 1:])
             assert (wide[:, 0] == -7).all()
             outputs.append(wide[:, 1:])
         assert torch.equal(*outputs)
@@ -247,8 +247,9 @@ class TestRows:
     def test_only_the_slots_are_written(self, dtype: torch.dtype, slots: list[int]) -> None:
         key, value = torch.ones(2, 5, 2, 32, dtype=dtype)
         cache = torch.full((6, 2, 16, 64), torch.nan, dtype=dtype)
-        layer = CpuLayer(4, 2, 32, dtype, ScoreRules(0.2))
-        layer.write_cache(key, value, cache, torch.tensor(slots, dtype=torch.int64))
+        kernel = CpuKernel(layer_of(4, 2, 32, dtype))
+        slot_mapping = torch.tensor(slots, dtype=torch.int64)
+        kernel.write_cache(key, value, joint_cache(cache), slot_mapping)
         written = [slot for slot in slots if slot >= 0]
         assert (~cache.isnan()).sum() == len(written) * 2 * 2 * 32
         for block in {slot // 16 for slot in written}:
@@ -257,42 +258,42 @@ class TestRows:
     def test_a_request_without_queries_is_skipped(self) -> None:
         """As vLLM pads a batch of requests: no rows, and a length of 0."""
         query, key, value = torch.randn(3, 20, 2, 32)
-        layer = CpuLayer(2, 2, 32, torch.float32, ScoreRules(0.2))
-        cache = torch.full((3, 2, 16, 64), torch.nan)
-        layer.write_cache(key, value, cache, torch.arange(16, 36))
+        kernel = CpuKernel(layer_of(2, 2, 32, torch.float32, LambdaPattern(3, 11, 11)))
+        cache = joint_cache(torch.full((3, 2, 16, 64), torch.nan))
+        kernel.write_cache(key, value, cache, torch.arange(16, 36))
         outputs = []
         for padding in (0, 2):
-            batch = CpuBatch(
-                torch.tensor([0, 20] + [20] * padding, dtype=torch.int32),
-                torch.tensor([20] + [0] * padding, dtype=torch.int32),
-                torch.tensor([[1, 2]] + [[0, 0]] * padding, dtype=torch.int32),
-                LambdaPattern(3, 11, 11),
-                None,
+            batch = int32_batch(
+                [0, 20] + [20] * padding, [20] + [0] * padding, [[1, 2]] + [[0, 0]] * padding
             )
             outputs.append(torch.full_like(query, torch.nan))
-            layer.lambda_attention(query, cache, batch, outputs[-1])
+            kernel.attend(query, cache, batch, outputs[-1])
         assert outputs[0].isfinite().all()
         assert torch.equal(*outputs)
 
 
 class TestRefusals:
     def test_what_is_served(self) -> None:
-        assert all(serves(dtype, 80) for dtype in DTYPES)
-        assert not serves(torch.float64, 64)
-        assert not serves(torch.bfloat16, 72)
-        layer = CpuLayer(4, 2, 64, torch.bfloat16, ScoreRules(1.0))
-        assert layer.serves(16, torch.bfloat16)
-        assert not layer.serves(24, torch.bfloat16)
-        assert not layer.serves(16, torch.float16)
+        for dtype in DTYPES:
+            assert CpuKernel.unsupported_reasons(layer_of(4, 2, 80, dtype)) == []
+        served = layer_of(4, 2, 64, torch.bfloat16)
+        for refused in (
+            layer_of(4, 2, 64, torch.float64),
+            layer_of(4, 2, 72, torch.bfloat16),
+            dataclasses.replace(served, block_size=24),
+            dataclasses.replace(served, cache_dtype=torch.float16),
+            dataclasses.replace(served, device=torch.device("cuda")),
+        ):
+            assert len(CpuKernel.unsupported_reasons(refused)) == 1
 
     @pytest.mark.parametrize("heads", [(4, 2, 72), (4, 3, 64)], ids=str)
     def test_other_heads(self, heads: tuple[int, int, int]) -> None:
         with pytest.raises(ValueError, match="multiples of 16"):
-            CpuLayer(*heads, torch.float32, ScoreRules(1.0))
+            CpuKernel(layer_of(*heads, torch.float32))
 
     def test_another_dtype_or_layout(self) -> None:
-        layer = CpuLayer(2, 2, 16, torch.float32, ScoreRules(1.0))
-        cache, slots = torch.zeros(2, 2, 16, 32), torch.tensor([16])
+        layer = CpuKernel(layer_of(2, 2, 16, torch.float32))
+        cache, slots = joint_cache(torch.zeros(2, 2, 16, 32)), torch.tensor([16])
         key = torch.zeros(1, 2, 16)
         with pytest.raises(ValueError, match="bfloat16"):
             layer.write_cache(key.bfloat16(), key, cache, slots)
@@ -300,14 +301,25 @@ class TestRefusals:
         with pytest.raises(ValueError, match="next to each other"):
             layer.write_cache(key, apart, cache, slots)
 
+    def test_another_cache(self) -> None:
+        kernel = CpuKernel(layer_of(2, 2, 16, torch.float32))
+        key, slots = torch.zeros(1, 2, 16), torch.tensor([16])
+        for blocks, dtype in ((24, torch.float32), (16, torch.float16)):
+            cache = joint_cache(torch.zeros(2, 2, blocks, 32, dtype=dtype))
+            with pytest.raises(ValueError, match=f"blocks of {blocks} in {dtype}"):
+                kernel.write_cache(key, key, cache, slots)
+        apart = PagedCache(*torch.zeros(2, 2, 2, 16, 16))
+        with pytest.raises(ValueError, match="values follow its keys"):
+            kernel.write_cache(key, key, apart, slots)
+
     def test_a_batch_that_does_not_fit_together(self) -> None:
         offsets = torch.tensor([0, 1], dtype=torch.int32)
         lens, table = offsets[1:], torch.zeros(1, 4, dtype=torch.int32)
-        pattern = LambdaPattern(0, 4, 4)
+        layer = layer_of(2, 2, 16, torch.float32)
         with pytest.raises(TypeError, match="int32"):
-            CpuBatch(offsets.long(), lens, table, pattern, None)
+            CpuBatch(DeviceBatch(offsets.long(), lens, table, 1), layer)
         with pytest.raises(ValueError, match="requests"):
-            CpuBatch(offsets, torch.cat((lens, lens)), table, pattern, None)
+            CpuBatch(DeviceBatch(offsets, torch.cat((lens, lens)), table, 1), layer)
 
 
 class TestRotation:

@@ -24,12 +24,13 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vllm_lminf.kernels.base import DeviceBatch, Heads, PagedCache, Rotation, ScoreRules
+from tests.kernels.layers import make_layer
+from vllm_lminf.kernels.base import DeviceBatch, Heads, PagedCache, ScoreRules
 from vllm_lminf.kernels.triton import layer as layer_module
-from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace
+from vllm_lminf.kernels.triton.layer import TritonKernel
 from vllm_lminf.kernels.triton.plan import Hardware
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.rope import RotationTables
+from vllm_lminf.rope import RotarySpec
 
 KIB = 1024
 
@@ -200,10 +201,10 @@ def compile_layer(target_name: str, what: Layer) -> list[Usage]:
     """The kernels that a layer launches, see `LAYERS`; the merge for the plain layer alone."""
     target = TARGETS[target_name]
     heads = Heads(*what.heads, _DTYPES[what.dtype])
-    rotation = Rotation(RotationTables(torch.ones(heads.head_size // 2)), what.is_neox)
+    rotary = RotarySpec(torch.ones(heads.head_size // 2), what.is_neox)
+    config = make_layer(heads, LambdaPattern(*what.pattern), ScoreRules(0.1), rotary=rotary)
     with mock.patch.object(layer_module, "hardware_of", return_value=target.hardware):
-        workspace = Workspace(heads, torch.device("cpu"))
-    layer = TritonLayer(heads, LambdaPattern(*what.pattern), ScoreRules(0.1), rotation, workspace)
+        layer = TritonKernel(config)
     shape = (4, heads.num_kv_heads, what.block_size, heads.head_size)
     scale = None if what.cache is None else torch.ones(1)
     key, value = torch.empty(2, *shape).to(_CACHES.get(what.cache or "", heads.dtype))
@@ -217,7 +218,7 @@ def compile_layer(target_name: str, what: Layer) -> list[Usage]:
             query = torch.empty(64, heads.num_heads, heads.head_size, dtype=heads.dtype)
             for queries in (1, 64):
                 batch = DeviceBatch(numbers, numbers[1:], numbers[1:, None], queries)
-                layer.lambda_attention(query, cache, batch, torch.empty_like(query))
+                layer.attend(query, cache, batch, torch.empty_like(query))
     return [
         _usage(target_name, what, name, rows, kernel, architecture)
         for name, rows, kernel in compiled.values()

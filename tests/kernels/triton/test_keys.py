@@ -15,12 +15,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vllm_lminf.kernels.base import DeviceBatch, Heads, PagedCache, Rotation, ScoreRules
+from tests.kernels.layers import make_layer
+from vllm_lminf.kernels.base import DeviceBatch, Heads, Kernel, PagedCache
 from vllm_lminf.kernels.triton import layer as layer_module
-from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace
+from vllm_lminf.kernels.triton.layer import TritonKernel
 from vllm_lminf.kernels.triton.plan import Hardware
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.rope import RotationTables
+from vllm_lminf.rope import RotarySpec
 
 MAX_REQUESTS, MAX_TOKENS = 300, 2048
 H100, A10 = Hardware(False, 90, 132, 227 * 1024), Hardware(False, 86, 72, 99 * 1024)
@@ -58,12 +59,14 @@ def recorded() -> Iterator[set[tuple[str, str]]]:
         yield keys
 
 
-def make_layer(heads: Heads, hardware: Hardware) -> TritonLayer:
-    rotation = Rotation(RotationTables(torch.ones(heads.head_size // 2)), True)
+def make_kernel(
+    heads: Heads, hardware: Hardware, kernel: type[Kernel] = TritonKernel, **more: Any
+) -> Kernel:
+    """A kernel for such hardware."""
+    rotary = RotarySpec(torch.ones(heads.head_size // 2), True)
+    layer = make_layer(heads, LambdaPattern(10, 4096, 4096), rotary=rotary, **more)
     with mock.patch.object(layer_module, "hardware_of", return_value=hardware):
-        workspace = Workspace(heads, torch.device("cpu"))
-    pattern = LambdaPattern(10, 4096, 4096)
-    return TritonLayer(heads, pattern, ScoreRules(0.1), rotation, workspace)
+        return kernel(layer)
 
 
 def make_cache(heads: Heads) -> PagedCache:
@@ -90,7 +93,7 @@ def batches(max_requests: int, max_tokens: int) -> Iterator[tuple[int, DeviceBat
     ("heads", "hardware"), list(zip(HEADS, [H100, A10, H100], strict=True)), ids=str
 )
 def test_warm_up_covers_all_batches(heads: Heads, hardware: Hardware) -> None:
-    layer, cache = make_layer(heads, hardware), make_cache(heads)
+    layer, cache = make_kernel(heads, hardware), make_cache(heads)
     with recorded() as warm:
         layer.warm_up(cache, MAX_REQUESTS, MAX_TOKENS)
     width = heads.num_heads + 2 * heads.num_kv_heads
@@ -104,7 +107,7 @@ def test_warm_up_covers_all_batches(heads: Heads, hardware: Hardware) -> None:
                 query, key = query.contiguous(), key.contiguous()
             slots = torch.zeros(rows + rows % 3, dtype=torch.int64)[rows % 3 :]
             layer.write_cache(key, value, cache, slots)
-            layer.lambda_attention(query, cache, batch, output)
+            layer.attend(query, cache, batch, output)
     assert serving == warm
     assert {name for name, _ in warm} == {"write_kernel", "attention_kernel", "reduce_kernel"}
 
@@ -112,7 +115,7 @@ def test_warm_up_covers_all_batches(heads: Heads, hardware: Hardware) -> None:
 @pytest.mark.parametrize(("max_requests", "max_tokens"), [(1, 1), (1, 4), (2, 64), (40, 1)])
 def test_no_more_is_compiled_than_can_be_launched(max_requests: int, max_tokens: int) -> None:
     heads = HEADS[0]
-    layer, cache = make_layer(heads, H100), make_cache(heads)
+    layer, cache = make_kernel(heads, H100), make_cache(heads)
     with recorded() as warm:
         layer.warm_up(cache, max_requests, max_tokens)
     with recorded() as serving:
@@ -120,15 +123,15 @@ def test_no_more_is_compiled_than_can_be_launched(max_requests: int, max_tokens:
         rows = query[:, : heads.num_kv_heads]
         layer.write_cache(rows, rows, cache, torch.zeros(max_tokens, dtype=torch.int64))
         for _, batch in batches(max_requests, max_tokens):
-            layer.lambda_attention(query, cache, batch, torch.empty_like(query))
+            layer.attend(query, cache, batch, torch.empty_like(query))
     assert serving == warm
 
 
 def test_rows_that_no_kernel_is_compiled_for() -> None:
     heads = HEADS[0]
-    layer, cache = make_layer(heads, H100), make_cache(heads)
+    layer, cache = make_kernel(heads, H100), make_cache(heads)
     query = torch.empty(3, heads.num_heads, heads.head_size + 1, dtype=heads.dtype)[..., :-1]
     _, batch = next(batches(1, 1))
     with recorded() as keys, pytest.raises(ValueError, match="multiples of 8"):
-        layer.lambda_attention(query, cache, batch, query.contiguous())
+        layer.attend(query, cache, batch, query.contiguous())
     assert not keys

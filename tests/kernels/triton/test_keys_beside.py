@@ -2,11 +2,11 @@
 the rotation of queries and keys."""
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
+from tests.kernels.layers import provider
 from tests.kernels.triton.test_keys import (
     H100,
     HEADS,
@@ -14,15 +14,13 @@ from tests.kernels.triton.test_keys import (
     MAX_TOKENS,
     batches,
     make_cache,
+    make_kernel,
     recorded,
 )
-from vllm_lminf.kernels.base import Heads, Rotation, ScoreRules
-from vllm_lminf.kernels.flash import FlashLayer
-from vllm_lminf.kernels.hybrid import HybridLayer
-from vllm_lminf.kernels.triton import layer as layer_module
-from vllm_lminf.kernels.triton.layer import Workspace
+from vllm_lminf.kernels.base import Heads, Kernel
+from vllm_lminf.kernels.flash import FlashKernel
+from vllm_lminf.kernels.hybrid import HybridKernel
 from vllm_lminf.kernels.triton.rotary import rotary_embedding
-from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotationTables
 
 
@@ -31,15 +29,10 @@ def attend(query: torch.Tensor, *_: Any, **arguments: Any) -> tuple[torch.Tensor
     return arguments["out"], torch.empty(query.shape[1], query.shape[0])
 
 
-@pytest.mark.parametrize("kind", [FlashLayer, HybridLayer])
+@pytest.mark.parametrize("kind", [FlashKernel, HybridKernel])
 @pytest.mark.parametrize("heads", HEADS[:2], ids=str)
-def test_warm_up_covers_all_batches(heads: Heads, kind: type[FlashLayer | HybridLayer]) -> None:
-    rotation = Rotation(RotationTables(torch.ones(heads.head_size // 2)), True)
-    with mock.patch.object(layer_module, "hardware_of", return_value=H100):
-        workspace = Workspace(heads, torch.device("cpu"))
-    more = {"num_few": 4} if kind is HybridLayer else {}
-    pattern, rules = LambdaPattern(10, 4096, 4096), ScoreRules(0.1)
-    layer = kind(heads, pattern, rules, rotation, workspace, attend, **more)
+def test_warm_up_covers_all_batches(heads: Heads, kind: type[Kernel]) -> None:
+    layer = make_kernel(heads, H100, kind, decode_len=4, flash_attention=provider(attend))
     cache = make_cache(heads)
     with recorded() as warm:
         layer.warm_up(cache, MAX_REQUESTS, MAX_TOKENS)
@@ -48,7 +41,7 @@ def test_warm_up_covers_all_batches(heads: Heads, kind: type[FlashLayer | Hybrid
             query = torch.empty(rows, 2 * heads.num_heads, heads.head_size, dtype=heads.dtype)
             query = query[:, : heads.num_heads]
             output = torch.empty(rows, heads.num_heads, heads.head_size, dtype=heads.dtype)
-            layer.lambda_attention(query, cache, batch, output)
+            layer.attend(query, cache, batch, output)
     assert serving - warm == set()
     assert "merge_kernel" in {name for name, _ in serving}
     # Beside what is launched here, warm-up writes the cache, and merges batches of a few queries,

@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 
-from vllm_lminf.kernels.base import Heads, ScoreRules, Situation
+from tests.kernels.layers import make_layer
+from vllm_lminf.kernels.base import Heads, ScoreRules
 from vllm_lminf.kernels.triton import layer as layer_module
-from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace, reasons_against
+from vllm_lminf.kernels.triton.layer import TritonKernel, Workspace
 from vllm_lminf.kernels.triton.plan import (
     Hardware,
     decode_plan,
@@ -26,27 +27,28 @@ from vllm_lminf.pattern import LambdaPattern, cdiv
 LLAMA = Heads(32, 8, 128, torch.bfloat16)
 PATTERN = LambdaPattern(10, 4096, 4096)
 H200 = Hardware(False, 90, 132, 227 * 1024)
-HOPPER = Situation("cuda", (9, 0), LLAMA, PATTERN, torch.bfloat16, 16, True)
+HOPPER = make_layer(LLAMA, PATTERN, device="cuda", capability=(9, 0))
+RULES = ScoreRules(1.0, 2.0, torch.zeros(32), torch.zeros(32))
 
 
 def test_what_runs() -> None:
-    assert reasons_against(HOPPER) == []
+    assert TritonKernel.unsupported_reasons(HOPPER) == []
     for changes in (
         {"capability": None},  # AMD
         {"capability": (8, 0), "cache_dtype": torch.float8_e5m2},
         {"cache_dtype": torch.float8_e4m3fn},
         {"heads": Heads(71, 1, 64, torch.float16), "cache_dtype": torch.float16},
         {"heads": dataclasses.replace(LLAMA, head_size=80)},
-        {"block_size": 48, "has_alibi": True, "has_softcap": True, "has_sinks": True},
+        {"block_size": 48, "rules": RULES},
     ):
-        assert reasons_against(dataclasses.replace(HOPPER, **changes)) == []
+        assert TritonKernel.unsupported_reasons(dataclasses.replace(HOPPER, **changes)) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"device_type": "cpu", "capability": None}, "TRITON_INTERPRET=1"),
-        ({"device_type": "xpu"}, "'xpu'"),
+        ({"device": torch.device("cpu"), "capability": None}, "TRITON_INTERPRET=1"),
+        ({"device": torch.device("xpu")}, "'xpu'"),
         ({"capability": (7, 5)}, r"7\.5.*8\.0"),
         ({"capability": (8, 6), "cache_dtype": torch.float8_e4m3fn}, r"8\.6.*8\.9.*fp8_e5m2"),
         ({"cache_dtype": torch.float16}, "a cache of torch.float16"),
@@ -64,33 +66,40 @@ def test_what_is_refused(
     changes: dict[str, object], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    against = reasons_against(dataclasses.replace(HOPPER, **changes))
+    against = TritonKernel.unsupported_reasons(dataclasses.replace(HOPPER, **changes))
     assert any(re.search(reason, told) for told in against), against
 
 
 def test_all_reasons_at_once() -> None:
     bad = dataclasses.replace(HOPPER, capability=(7, 0), block_size=1, cache_dtype=torch.int8)
-    assert len(reasons_against(bad)) == 3
+    assert len(TritonKernel.unsupported_reasons(bad)) == 3
 
 
 def test_the_interpreter_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """It serves float32 and float16; what it computes wrongly is refused."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    cpu = dataclasses.replace(HOPPER, device_type="cpu", capability=None)
+    cpu = dataclasses.replace(HOPPER, device=torch.device("cpu"), capability=None)
     for dtype in (torch.float32, torch.float16):
         heads = dataclasses.replace(LLAMA, dtype=dtype)
-        assert reasons_against(dataclasses.replace(cpu, heads=heads, cache_dtype=dtype)) == []
-        (reason,) = reasons_against(
+        assert (
+            TritonKernel.unsupported_reasons(
+                dataclasses.replace(cpu, heads=heads, cache_dtype=dtype)
+            )
+            == []
+        )
+        (reason,) = TritonKernel.unsupported_reasons(
             dataclasses.replace(cpu, heads=heads, cache_dtype=torch.float8_e5m2)
         )
         assert "wrongly" in reason
-    (reason,) = reasons_against(cpu)
+    (reason,) = TritonKernel.unsupported_reasons(cpu)
     assert "--dtype float32" in reason
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_module.importlib.util, "find_spec", lambda name: None)
-    assert any("pip install triton" in reason for reason in reasons_against(HOPPER))
+    assert any(
+        "pip install triton" in reason for reason in TritonKernel.unsupported_reasons(HOPPER)
+    )
 
 
 def test_triton_is_imported_with_the_first_layer_and_not_before() -> None:
@@ -107,9 +116,8 @@ def test_triton_is_imported_with_the_first_layer_and_not_before() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
 def test_a_scale_that_is_not_positive(scale: float) -> None:
-    workspace = Workspace(LLAMA, torch.device("cpu"))
     with pytest.raises(ValueError, match="scale is"):
-        TritonLayer(LLAMA, PATTERN, ScoreRules(scale), None, workspace)
+        TritonKernel(make_layer(LLAMA, PATTERN, ScoreRules(scale)))
 
 
 def filled(num_requests: int, num_kv_heads: int, hardware: Hardware) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from vllm_lminf.plugin.impl import LambdaAttentionImpl
+from vllm_lminf.plugin.backend import LambdaAttentionImpl
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 16
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.plugin.backend.models import Model, by_rotary_module
 from vllm_lminf.errors import UnsupportedError
-from vllm_lminf.plugin.impl import LambdaAttentionImpl
+from vllm_lminf.plugin.backend import LambdaAttentionImpl
 from vllm_lminf.plugin.loaded_model import LoadedModels
 
 

@@ -44,12 +44,12 @@ from vllm.v1.worker.gpu.attn_utils import (
 from tests.engine.oracle_model import oracle_logprobs, save_tiny_llama
 from tests.engine.test_exactness import TOLERANCE
 from tests.plugin.kv_cache.planning import get_kv_cache_configs
+from vllm_lminf.kernels.base import PagedCache
+from vllm_lminf.kernels.triton.layer import TritonKernel
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import register
-from vllm_lminf.plugin.backend import LambdaAttentionBackend
+from vllm_lminf.plugin.backend import LambdaAttentionBackend, LambdaMetadata
 from vllm_lminf.plugin.kv_cache import LambdaSpec
-from vllm_lminf.plugin.layer_kernel import LayerKernel
-from vllm_lminf.plugin.metadata import LambdaMetadata
 
 PATTERN = LambdaPattern(n_global=5, n_local=24, distance_limit=30)
 CPU = torch.device("cpu")
@@ -245,13 +245,13 @@ class TestWarmUp:
         """After the caches are there, for the largest batches; nothing is written to the caches."""
         assert len(registry) == 1
         calls = []
-        warm_up = LayerKernel.warm_up
+        warm_up = TritonKernel.warm_up
 
-        def record(self: LayerKernel, cache: torch.Tensor, *most: Any) -> None:
-            calls.append(most[:2])
+        def record(self: TritonKernel, cache: PagedCache, *most: Any) -> None:
+            calls.append(most)
             warm_up(self, cache, *most)
 
-        monkeypatch.setattr(LayerKernel, "warm_up", record)
+        monkeypatch.setattr(TritonKernel, "warm_up", record)
         layers = config.compilation_config.static_forward_context.values()
         before = [layer.kv_cache.clone() for layer in layers]
         registry.warmup()
@@ -263,10 +263,11 @@ class TestWarmUp:
         """vLLM measures what is left for it once the model is loaded, and again in a run without
         attention."""
         for layer in runner.config.compilation_config.static_forward_context.values():
-            kernel = layer.impl.kernel
-            assert kernel._workspace is not None
-            settled = kernel._settle(layer.kv_cache.shape[2], layer.kv_cache.dtype)[1]
-            assert settled._triton._workspace is kernel._workspace
+            impl = layer.impl
+            (workspace,) = impl.layer_config.shared.values()
+            assert impl.kernel._workspace is workspace
+            kernel, _ = impl.bind(layer, layer.kv_cache)
+            assert kernel._workspace is workspace
 
 
 class TestCompiledPieces:

@@ -18,7 +18,9 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.kernels.registry import choose
-from vllm_lminf.plugin import checks, hosts, patches
+from vllm_lminf.plugin import hosts, patches
+from vllm_lminf.plugin.config import LambdaConfig
+from vllm_lminf.plugin.layer_config import layer_config_of
 
 PINNED = Path(__file__).parents[3] / "requirements-vllm-cuda.txt"
 DEVICES = [(8, 0), (9, 0), (10, 0)]
@@ -41,8 +43,8 @@ def engine(model: str, kernel: str = "auto", **arguments: Any) -> VllmConfig:
 
 def chosen(config: VllmConfig) -> str | None:
     """What an engine's layers will run."""
-    situation = checks.situation_of(config, checks.pattern_of(config))
-    return choose(checks.kernel_of(config), situation).kernel
+    resolved = LambdaConfig.of(config)
+    return choose(resolved.kernel, layer_config_of(config, resolved.pattern)).kernel
 
 
 class TestEnvironment:

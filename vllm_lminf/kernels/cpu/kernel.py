@@ -1,20 +1,23 @@
 """Λ-attention over a paged KV cache by compiled kernels for CPUs; `csrc/` holds their source.
 
-The keys and values of a block are stored in an order of the kernels' own (`csrc/cache.h`):
-`write_cache` and `lambda_attention` of this module belong together. What is computed is what
-`vllm_lminf.kernels.reference` computes.
+The keys and values of a block are stored in an order of the kernels' own (`csrc/cache.h`). What is
+computed is what `vllm_lminf.kernels.reference` computes.
 """
 
 import ctypes
 import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any, ClassVar
 
 import torch
 
-from vllm_lminf.kernels.base import ScoreRules
-from vllm_lminf.kernels.cpu.build import load_library
-from vllm_lminf.kernels.reference import FarRotations
-from vllm_lminf.pattern import LambdaPattern, cdiv
+from vllm_lminf.errors import BuildError
+from vllm_lminf.kernels.base import DeviceBatch, Kernel, LayerConfig, PagedCache
+from vllm_lminf.kernels.cpu import build
+from vllm_lminf.kernels.host_batch import FarRotations, HostBatch
+from vllm_lminf.pattern import cdiv
 
 _LANES = 16
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -88,7 +91,7 @@ def load(dtype: torch.dtype) -> ctypes.CDLL:
     Raises:
         BuildError: they can't be compiled here.
     """
-    library = load_library(_DTYPES[dtype])
+    library = build.load_library(_DTYPES[dtype])
     batch, layer = ctypes.POINTER(_Batch), ctypes.POINTER(_Layer)
     for function, arguments in (
         (library.lminf_attention, (batch, layer)),
@@ -99,50 +102,36 @@ def load(dtype: torch.dtype) -> ctypes.CDLL:
     return library
 
 
-def serves(dtype: torch.dtype, head_size: int) -> bool:
-    """Whether the kernels can handle heads of this kind."""
-    return dtype in _DTYPES and head_size % _LANES == 0
-
-
 class CpuBatch:
     """A batch under one Λ, as the kernels want it; the same for all layers that share both.
 
     Args:
-        query_start_loc: int32 [num_requests + 1]: request r owns the query rows from
-            ``query_start_loc[r]`` to ``query_start_loc[r + 1]``, its latest tokens.
-        seq_lens: int32 [num_requests]: tokens in the cache, these queries' own included.
-        block_table: int32 [num_requests, max_blocks]. Entries of blocks that were freed are never
-            read.
-        pattern: the Λ.
-        far: rotations for the far pairs; None where the model rotates nothing.
+        batch: on the CPU, in int32.
+        layer: one of the layers.
     """
 
-    def __init__(
-        self,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        pattern: LambdaPattern,
-        far: FarRotations | None,
-    ) -> None:
-        for tensor in (query_start_loc, seq_lens, block_table):
+    def __init__(self, batch: DeviceBatch, layer: LayerConfig) -> None:
+        host = HostBatch.of(batch)
+        query_start_loc, seq_lens, table = host.query_start_loc, host.seq_lens, batch.block_table
+        for tensor in (query_start_loc, seq_lens, table):
             if tensor.dtype != torch.int32 or tensor.device.type != "cpu" or tensor.stride(-1) != 1:
                 raise TypeError("the kernels take a batch as int32 tensors on the CPU")
-        if len(query_start_loc) != len(seq_lens) + 1 or len(block_table) < len(seq_lens):
+        if len(query_start_loc) != len(seq_lens) + 1 or len(table) < len(seq_lens):
             raise ValueError("query_start_loc, seq_lens and block_table differ in their requests")
-        self._keep = [query_start_loc, seq_lens, block_table]
+        self._keep = [query_start_loc, seq_lens, table]
         self.struct = _Batch(
             query_start_loc=query_start_loc.data_ptr(),
             seq_lens=seq_lens.data_ptr(),
-            block_table=block_table.data_ptr(),
-            block_table_stride=block_table.stride(0),
+            block_table=table.data_ptr(),
+            block_table_stride=table.stride(0),
             num_requests=len(seq_lens),
-            n_global=pattern.n_global,
-            n_local=pattern.n_local,
-            distance_limit=pattern.distance_limit,
+            n_global=layer.pattern.n_global,
+            n_local=layer.pattern.n_local,
+            distance_limit=layer.pattern.distance_limit,
         )
-        if far is not None and pattern.n_global > 0:
-            self._set_rotations(far)
+        if layer.far_rotation is not None:
+            self._set_rotations(host.far(layer.far_rotation, layer.pattern))
+        self.argument = ctypes.byref(self.struct)
 
     def _set_rotations(self, far: FarRotations) -> None:
         num_global = len(far.key_cos)
@@ -160,40 +149,56 @@ class CpuBatch:
         self.struct.is_neox_style = far.is_neox_style
 
 
-class CpuLayer:
-    """One layer's kernels: what stays the same from step to step is put together once.
+class CpuKernel(Kernel):
+    """One layer's kernels: what stays the same from step to step is put together once."""
 
-    Args:
-        num_heads: query heads.
-        num_kv_heads: key heads; divides num_heads.
-        head_size: a multiple of 16.
-        dtype: of queries, cache and output: float32, float16 or bfloat16.
-        rules: how products become scores.
+    @classmethod
+    def unsupported_reasons(cls, layer: LayerConfig) -> list[str]:
+        heads = layer.heads
+        table = (
+            (layer.device.type != "cpu", f"it runs on CPUs, not on {layer.device.type}"),
+            (
+                heads.dtype not in _DTYPES or heads.head_size % _LANES != 0,
+                "it takes heads of a multiple of 16 dimensions in float32, float16 or bfloat16, "
+                f"not {heads.head_size} in {_name(heads.dtype)}",
+            ),
+            (
+                layer.block_size % _LANES != 0,
+                f"it takes blocks of a multiple of 16 tokens, not --block-size {layer.block_size}; "
+                "set --block-size 128",
+            ),
+            (
+                layer.cache_dtype != heads.dtype,
+                f"it keeps the cache in the model's dtype, not in {_name(layer.cache_dtype)}",
+            ),
+        )
+        return [reason for applies, reason in table if applies]
 
-    Raises:
-        ValueError: the kernels don't serve such heads.
-        BuildError: they can't be compiled here.
-    """
+    @classmethod
+    def unavailable_reasons(cls, layer: LayerConfig) -> list[str]:
+        if layer.device.type == "cpu" and layer.heads.dtype in _DTYPES:
+            try:
+                build.load_library(_DTYPES[layer.heads.dtype])
+            except BuildError as error:
+                return [str(error)]
+        return []
 
-    def __init__(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        dtype: torch.dtype,
-        rules: ScoreRules,
-    ) -> None:
-        if not serves(dtype, head_size) or num_heads % num_kv_heads != 0:
-            raise ValueError(
-                f"{num_heads} heads over {num_kv_heads} of {head_size} dimensions in {dtype}: the "
-                "kernels take multiples of 16 in float32, float16 or bfloat16"
-            )
-        self._library = load(dtype)
-        self._dtype = dtype
+    @classmethod
+    def start_loading(cls, layer: LayerConfig) -> None:
+        build.start(_DTYPES[layer.heads.dtype])
+
+    def __init__(self, layer: LayerConfig) -> None:
+        heads, rules, far = layer.heads, layer.rules, layer.far_rotation
+        if heads.head_size % _LANES != 0 or heads.num_heads % heads.num_kv_heads != 0:
+            raise ValueError(f"{heads}: the kernels take multiples of 16 dimensions, and groups")
+        library = load(heads.dtype)
+        self._attend, self._write = library.lminf_attention, library.lminf_write_cache
+        self._layer = layer
+        self._dtype, self._inner_strides = heads.dtype, (heads.head_size, 1)
         self._struct = _Layer(
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_size=head_size,
+            num_heads=heads.num_heads,
+            num_kv_heads=heads.num_kv_heads,
+            head_size=heads.head_size,
             scale=rules.scale,
             softcap=rules.softcap or 0.0,
         )
@@ -205,70 +210,66 @@ class CpuLayer:
                 self._keep.append(values)
                 setattr(self._struct, name, values.data_ptr())
         self._argument = ctypes.byref(self._struct)
-
-    def serves(self, block_size: int, dtype: torch.dtype) -> bool:
-        """Whether the kernels can handle a cache in blocks of so many tokens and of this dtype."""
-        return block_size % _LANES == 0 and dtype == self._dtype
-
-    def _check_rows(self, x: torch.Tensor) -> None:
-        """Rows may lie apart; the heads of a row lie next to each other."""
-        if x.dtype != self._dtype or x.stride()[1:] != (x.shape[2], 1):
-            raise ValueError(
-                f"{x.dtype} with strides {x.stride()}: the kernels were built for {self._dtype} "
-                "with heads next to each other"
-            )
-
-    def _point_to_cache(self, kv_cache: torch.Tensor) -> None:
-        struct = self._struct
-        struct.kv_cache = kv_cache.data_ptr()
-        struct.block_stride, struct.head_stride = kv_cache.stride(0), kv_cache.stride(1)
-        struct.block_size = kv_cache.shape[2]
+        self._cache: Callable[[], PagedCache | None] = lambda: None
+        # Numbers: they are looked up at every step.
+        turns = () if far is None else (id(far.tables), far.is_neox_style)
+        self._batch_key = ("cpu", *astuple(layer.pattern), *turns)
 
     def write_cache(
         self,
         key: torch.Tensor,
         value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        cache: PagedCache,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Stores keys and values in their slots.
-
-        Args:
-            key: shape [>= num_tokens, num_kv_heads, head_size]; rows past num_tokens are padding.
-            value: same shape.
-            kv_cache: shape [num_blocks, num_kv_heads, block_size, 2 * head_size]; written in
-                place, in an order of the kernels' own.
-            slot_mapping: int64 [num_tokens]: ``block * block_size + offset`` of every token, or a
-                negative number for a token that has no slot.
-        """
-        self._check_rows(key)
-        self._check_rows(value)
-        self._point_to_cache(kv_cache)
-        self._library.lminf_write_cache(
+        if cache is not self._cache():
+            self._point_to(cache)
+        self._write(
             self._argument,
-            *(key.data_ptr(), key.stride(0)),
-            *(value.data_ptr(), value.stride(0)),
-            *(slot_mapping.data_ptr(), slot_mapping.shape[0]),
+            *self._rows(key),
+            *self._rows(value),
+            slot_mapping.data_ptr(),
+            slot_mapping.shape[0],
         )
 
-    def lambda_attention(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, batch: CpuBatch, output: torch.Tensor
+    def attend(
+        self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
     ) -> None:
-        """Attention of a batch of requests, prefill and decode mixed freely.
-
-        Args:
-            query: rotated by its true position; shape [num_tokens, num_heads, head_size].
-            kv_cache: as `write_cache` filled it.
-            batch: the batch.
-            output: written in place; of query's shape.
-        """
-        self._check_rows(query)
-        self._check_rows(output)
-        self._point_to_cache(kv_cache)
+        told: CpuBatch | None = batch.shared.get(self._batch_key)
+        if told is None:
+            told = batch.shared[self._batch_key] = CpuBatch(batch, self._layer)
+        if cache is not self._cache():
+            self._point_to(cache)
         struct = self._struct
-        struct.query, struct.query_stride = query.data_ptr(), query.stride(0)
-        struct.output, struct.output_stride = output.data_ptr(), output.stride(0)
-        self._library.lminf_attention(ctypes.byref(batch.struct), self._argument)
+        struct.query, struct.query_stride = self._rows(query)
+        struct.output, struct.output_stride = self._rows(output)
+        self._attend(told.argument, self._argument)
+
+    def _point_to(self, cache: PagedCache) -> None:
+        """Takes a cache in which a head's keys and values lie as `PagedCache.of` sees them."""
+        key, value, struct = cache.key, cache.value, self._struct
+        half = key.shape[2] * key.shape[3] * key.element_size()
+        if key.dtype != self._dtype or key.shape[2] % _LANES != 0:
+            raise ValueError(f"blocks of {key.shape[2]} in {key.dtype}: not what the kernels take")
+        if value.data_ptr() - key.data_ptr() != half or value.stride() != key.stride():
+            raise ValueError("the kernels take a cache in which a head's values follow its keys")
+        struct.kv_cache, struct.block_size = key.data_ptr(), key.shape[2]
+        struct.block_stride, struct.head_stride = key.stride()[:2]
+        self._cache = weakref.ref(cache)
+
+    def _rows(self, x: torch.Tensor) -> tuple[int, int]:
+        """Where rows begin, and how far they lie apart; the heads of a row lie together."""
+        stride = x.stride()
+        if x.dtype != self._dtype or stride[1:] != self._inner_strides:
+            raise ValueError(
+                f"{x.dtype} with strides {stride}: the kernels were built for {self._dtype} with "
+                "heads next to each other"
+            )
+        return x.data_ptr(), stride[0]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class CpuRotation:

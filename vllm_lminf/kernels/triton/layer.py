@@ -7,20 +7,21 @@ is imported once a layer is made.
 
 import importlib.util
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from vllm_lminf.kernels.base import (
+    Captures,
     DeviceBatch,
     Heads,
+    Kernel,
+    LayerConfig,
     PagedCache,
-    Rotation,
-    ScoreRules,
-    Situation,
 )
 from vllm_lminf.kernels.triton.plan import (
     MAX_DECODE_ROWS,
+    MOST_TILE_KEYS,
     Plan,
     Step,
     decode_plan,
@@ -32,70 +33,13 @@ from vllm_lminf.kernels.triton.plan import (
     power_of_two,
     steps_of_every_kind,
 )
-from vllm_lminf.pattern import LambdaPattern, cdiv
+from vllm_lminf.pattern import cdiv
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _UNINTERPRETED = (torch.bfloat16, *_FP8_DTYPES)
 _MAX_GROUP = 128
 _MAX_HEAD_SIZE = 256
-
-
-def reasons_against(situation: Situation) -> list[str]:
-    """Why these kernels can't run a layer; empty where they can."""
-    reasons = []
-    heads, cache_dtype = situation.heads, situation.cache_dtype
-    if importlib.util.find_spec("triton") is None:
-        reasons.append("Triton isn't installed: pip install triton")
-    interprets = os.environ.get("TRITON_INTERPRET") == "1"
-    if situation.device_type == "cpu" and not interprets:
-        reasons.append(
-            "Triton compiles for GPUs alone, and this is a CPU: set TRITON_INTERPRET=1 before the "
-            "start to have its kernels interpreted, which is slow and meant for tests"
-        )
-    elif situation.device_type == "cpu" and {heads.dtype, cache_dtype} & {*_UNINTERPRETED}:
-        reasons.append(
-            f"{heads.dtype} over a cache of {cache_dtype}: Triton's interpreter computes products "
-            "of bfloat16 wrongly and rounds to bfloat16 and float8 wrongly; choose --dtype float32 "
-            "or float16, and their own cache"
-        )
-    elif situation.device_type not in ("cpu", "cuda"):
-        reasons.append(f"Triton's kernels don't run on devices of type {situation.device_type!r}")
-    capability = situation.capability
-    if capability is not None and capability < (8, 0):
-        reasons.append(
-            f"compute capability {capability[0]}.{capability[1]}: the Triton kernels take 8.0 and "
-            "newer"
-        )
-    if heads.dtype not in _DTYPES:
-        reasons.append(f"{heads.dtype}: the Triton kernels take float32, float16 and bfloat16")
-    if cache_dtype not in (heads.dtype, *_FP8_DTYPES):
-        reasons.append(
-            f"a cache of {cache_dtype}: the Triton kernels take {heads.dtype} as the queries are, "
-            "or float8_e4m3fn or float8_e5m2"
-        )
-    if cache_dtype == torch.float8_e4m3fn and capability is not None and capability < (8, 9):
-        reasons.append(
-            f"a cache of float8_e4m3fn on compute capability {capability[0]}.{capability[1]}: "
-            "Triton converts it on 8.9 and newer; choose fp8_e5m2 or the model's own dtype"
-        )
-    if heads.head_size % 8 != 0 or not 16 <= heads.head_size <= _MAX_HEAD_SIZE:
-        reasons.append(
-            f"heads of {heads.head_size} dimensions: the Triton kernels take multiples of 8 from "
-            f"16 to {_MAX_HEAD_SIZE}"
-        )
-    if heads.num_heads % heads.num_kv_heads != 0:
-        reasons.append(f"{heads.num_heads} heads over {heads.num_kv_heads}: they don't divide")
-    elif heads.num_heads // heads.num_kv_heads > _MAX_GROUP:
-        reasons.append(
-            f"{heads.num_heads} heads over {heads.num_kv_heads}: the Triton kernels take up to "
-            f"{_MAX_GROUP} query heads a key head"
-        )
-    if situation.block_size % 16 != 0:
-        reasons.append(
-            f"blocks of {situation.block_size} tokens: the Triton kernels take multiples of 16"
-        )
-    return reasons
 
 
 class Workspace:
@@ -117,71 +61,28 @@ class Workspace:
         """Room for results [rows, dims] and their log-sum-exps [rows], each in a row."""
         return self._floats, self._floats[rows * dims :]
 
+    @classmethod
+    def of(cls, layer: LayerConfig) -> "Workspace":
+        """That of a layer's engine, for such heads; made by the first layer that asks."""
+        key = "workspace", layer.heads, layer.device
+        workspace: Workspace | None = layer.shared.get(key)
+        if workspace is None:
+            workspace = layer.shared[key] = cls(layer.heads, layer.device)
+        return workspace
 
-class TritonLayer:
-    """What a layer does with its cache.
 
-    Args:
-        heads: the layer's.
-        pattern: its Λ.
-        rules: how its products become scores; the scale is positive.
-        rotation: the model's RoPE, or None where nothing is rotated.
-        workspace: shared with the other layers.
+class TritonCacheKernel(Kernel):
+    """What the kernels for GPUs have in common: Triton's writes the cache."""
 
-    Raises:
-        ValueError: the scale isn't positive.
-    """
+    preferred_block_size: ClassVar[int | None] = MOST_TILE_KEYS
 
-    def __init__(
-        self,
-        heads: Heads,
-        pattern: LambdaPattern,
-        rules: ScoreRules,
-        rotation: Rotation | None,
-        workspace: Workspace,
-    ) -> None:
+    def __init__(self, layer: LayerConfig) -> None:
         # Triton is looked for where it is needed, and nowhere else.
-        from vllm_lminf.kernels.triton.attention import attention_kernel
         from vllm_lminf.kernels.triton.cache import write_kernel
-        from vllm_lminf.kernels.triton.merge import merge_kernel
-        from vllm_lminf.kernels.triton.reduce import reduce_kernel
 
-        if not rules.scale > 0:
-            raise ValueError(f"scale is {rules.scale}: the Triton kernels take a positive one")
-        self._attention_kernel = attention_kernel
-        self._merge_kernel = merge_kernel
-        self._reduce_kernel = reduce_kernel
         self._write_kernel = write_kernel
-        self._heads = heads
-        self._pattern = pattern
-        self._workspace = workspace
-        self._steps: dict[tuple[int, int, torch.dtype], Step] = {}
-        self._scale = float(rules.scale)
-        self._slopes = None
-        if rules.alibi_slopes is not None:
-            self._slopes = rules.alibi_slopes.detach().to(torch.float32).contiguous()
-        self._sinks = None if rules.sinks is None else rules.sinks.detach().contiguous()
-        self._dims = max(16, power_of_two(heads.head_size))
-        self._group = heads.num_heads // heads.num_kv_heads
-        self._sizes = {
-            "GROUP": self._group,
-            "HEAD_SIZE": heads.head_size,
-            "DIMS": self._dims,
-        }
-        self._angles, half, is_neox = None, 0, True
-        if rotation is not None and pattern.n_global > 0:
-            tables = rotation.tables.tables
-            # A cosine and its sine are one number to the kernels.
-            self._angles = tables.view(torch.int64).squeeze(-1)
-            half, is_neox = tables.shape[1], rotation.is_neox_style
-        self._lambda = {
-            "N_GLOBAL": pattern.n_global,
-            "N_LOCAL": pattern.n_local,
-            "LIMIT": pattern.distance_limit,
-            "HALF": half,
-            "IS_NEOX": is_neox,
-            "SOFTCAP": rules.softcap,
-        }
+        self._heads = layer.heads
+        self._dims = max(16, power_of_two(layer.heads.head_size))
 
     def write_cache(
         self,
@@ -190,15 +91,6 @@ class TritonLayer:
         cache: PagedCache,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Stores keys and values in their slots.
-
-        Args:
-            key: shape [>= num_tokens, num_kv_heads, head_size]; rows past num_tokens are padding.
-            value: same shape.
-            cache: written in place, divided by its scales where it has some.
-            slot_mapping: integers [num_tokens]: ``block * block_size + offset`` of every token, or
-                a negative number for a token that has no slot.
-        """
         num_tokens = slot_mapping.shape[0]
         if num_tokens == 0:
             return
@@ -213,21 +105,145 @@ class TritonLayer:
             LARGEST=torch.finfo(cache.key.dtype).max if narrow else None,
         )  # fmt: skip
 
-    def lambda_attention(
+    def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
+        heads, device = self._heads, cache.key.device
+        rows = torch.empty(1, heads.num_heads, heads.head_size, dtype=heads.dtype, device=device)
+        rows = rows[:, : heads.num_kv_heads]
+        self.write_cache(rows, rows, cache, torch.full((1,), -1, device=device))
+
+    def _row_strides(self, *rows: torch.Tensor) -> tuple[int, ...]:
+        """Strides of tokens and heads of every tensor.
+
+        Raises:
+            ValueError: a row doesn't start at a multiple of 8 elements, as the kernels take it to.
+        """
+        strides = tuple(stride for x in rows for stride in x.stride()[:2])
+        if any(stride % 8 for stride in strides):
+            raise ValueError(f"strides {strides}: the Triton kernels take multiples of 8")
+        return strides
+
+
+class TritonKernel(TritonCacheKernel):
+    """See the module.
+
+    Raises:
+        ValueError: the scale isn't positive.
+    """
+
+    captures: ClassVar[Captures] = Captures.ALWAYS
+
+    @classmethod
+    def unsupported_reasons(cls, layer: LayerConfig) -> list[str]:
+        heads, cache_dtype, block_size = layer.heads, layer.cache_dtype, layer.block_size
+        on_cpu, capability = layer.device.type == "cpu", layer.capability or (99, 0)
+        named = "compute capability {}.{}".format(*capability)
+        interprets = os.environ.get("TRITON_INTERPRET") == "1"
+        divides = heads.num_heads % heads.num_kv_heads == 0
+        fits = heads.head_size % 8 == 0 and 16 <= heads.head_size <= _MAX_HEAD_SIZE
+        table = (
+            (
+                importlib.util.find_spec("triton") is None,
+                "Triton isn't installed: pip install triton",
+            ),
+            (
+                on_cpu and not interprets,
+                "Triton compiles for GPUs alone, and this is a CPU: set TRITON_INTERPRET=1 before "
+                "the start to have its kernels interpreted, which is slow and meant for tests",
+            ),
+            (
+                on_cpu and interprets and not {heads.dtype, cache_dtype}.isdisjoint(_UNINTERPRETED),
+                f"{heads.dtype} over a cache of {cache_dtype}: Triton's interpreter computes "
+                "products of bfloat16 wrongly and rounds to bfloat16 and float8 wrongly; choose "
+                "--dtype float32 or float16, and their own cache",
+            ),
+            (
+                layer.device.type not in ("cpu", "cuda"),
+                f"Triton's kernels don't run on devices of type {layer.device.type!r}",
+            ),
+            (capability < (8, 0), f"{named}: the Triton kernels take 8.0 and newer"),
+            (
+                heads.dtype not in _DTYPES,
+                f"{heads.dtype}: the Triton kernels take float32, float16 and bfloat16",
+            ),
+            (
+                cache_dtype not in (heads.dtype, *_FP8_DTYPES),
+                f"a cache of {cache_dtype}: the Triton kernels take {heads.dtype} as the queries "
+                "are, or float8_e4m3fn or float8_e5m2",
+            ),
+            (
+                cache_dtype == torch.float8_e4m3fn and capability < (8, 9),
+                f"a cache of float8_e4m3fn on {named}: Triton converts it on 8.9 and newer; choose "
+                "fp8_e5m2 or the model's own dtype",
+            ),
+            (
+                not fits,
+                f"heads of {heads.head_size} dimensions: the Triton kernels take multiples of 8 "
+                f"from 16 to {_MAX_HEAD_SIZE}",
+            ),
+            (
+                not divides,
+                f"{heads.num_heads} heads over {heads.num_kv_heads}: they don't divide",
+            ),
+            (
+                divides and heads.num_heads // heads.num_kv_heads > _MAX_GROUP,
+                f"{heads.num_heads} heads over {heads.num_kv_heads}: the Triton kernels take up to "
+                f"{_MAX_GROUP} query heads a key head",
+            ),
+            (
+                block_size % 16 != 0,
+                f"blocks of {block_size} tokens: the Triton kernels take multiples of 16",
+            ),
+        )
+        return [reason for applies, reason in table if applies]
+
+    def __init__(self, layer: LayerConfig) -> None:
+        from vllm_lminf.kernels.triton.attention import attention_kernel
+        from vllm_lminf.kernels.triton.merge import merge_kernel
+        from vllm_lminf.kernels.triton.reduce import reduce_kernel
+
+        super().__init__(layer)
+        heads, pattern = layer.heads, layer.pattern
+        rules, rotation = layer.rules, layer.far_rotation
+        if not rules.scale > 0:
+            raise ValueError(f"scale is {rules.scale}: the Triton kernels take a positive one")
+        self._attention_kernel = attention_kernel
+        self._merge_kernel = merge_kernel
+        self._reduce_kernel = reduce_kernel
+        self._pattern = pattern
+        self._workspace = Workspace.of(layer)
+        self._steps: dict[tuple[int, int, torch.dtype], Step] = {}
+        self._scale = float(rules.scale)
+        self._slopes = None
+        if rules.alibi_slopes is not None:
+            self._slopes = rules.alibi_slopes.detach().to(torch.float32).contiguous()
+        self._sinks = None if rules.sinks is None else rules.sinks.detach().contiguous()
+        self._group = heads.num_heads // heads.num_kv_heads
+        self._sizes = {
+            "GROUP": self._group,
+            "HEAD_SIZE": heads.head_size,
+            "DIMS": self._dims,
+        }
+        self._angles, half, is_neox = None, 0, True
+        if rotation is not None:
+            tables = rotation.tables.tables
+            # A cosine and its sine are one number to the kernels.
+            self._angles = tables.view(torch.int64).squeeze(-1)
+            half, is_neox = tables.shape[1], rotation.is_neox_style
+        self._lambda = {
+            "N_GLOBAL": pattern.n_global,
+            "N_LOCAL": pattern.n_local,
+            "LIMIT": pattern.distance_limit,
+            "HALF": half,
+            "IS_NEOX": is_neox,
+            "SOFTCAP": rules.softcap,
+        }
+
+    def attend(
         self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
     ) -> None:
-        """Attention of a batch of requests, prefill and decode mixed freely.
-
-        Requests whose queries fit into one tile are always computed in the same way, whatever
-        else is in the batch: by programs that split their keys. Longer ones have a launch of their
-        own, of as many tiles as so many rows and requests can take.
-
-        Args:
-            query: rotated by its true position; shape [num_tokens, num_heads, head_size]; rows
-                past the last request's are padding.
-            cache: the keys and values, those of this step included.
-            batch: the batch.
-            output: written in place; of query's shape.
+        """See `Kernel`. Requests whose queries fit into one tile are always computed in the same
+        way, whatever else is in the batch: by programs that split their keys. Longer ones have a
+        launch of their own, of as many tiles as so many rows and requests can take.
         """
         num_requests = batch.seq_lens.shape[0]
         if num_requests == 0 or query.shape[0] == 0:
@@ -244,27 +260,18 @@ class TritonLayer:
             )  # fmt: skip
 
     def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
-        """Compiles and loads every kernel that `write_cache` and `lambda_attention` can launch.
-
-        Launches them for requests that have no rows, which reads and writes nothing.
-
-        Args:
-            cache: the layer's: its memory order and dtype are what kernels are compiled for.
-            max_requests: no batch has more requests, padding included.
-            max_query_len: no request has more queries.
-        """
+        """See `Kernel`. Launches kernels for requests that have no rows."""
+        super().warm_up(cache, max_requests, max_query_len)
         heads, device = self._heads, cache.key.device
         query, output = torch.empty(
             2, 1, heads.num_heads, heads.head_size, dtype=heads.dtype, device=device
         )
-        rows = query[:, : heads.num_kv_heads]
-        self.write_cache(rows, rows, cache, torch.full((1,), -1, device=device))
         for requests, queries in steps_of_every_kind(
             heads, self._pattern, cache.key.dtype, self._workspace.hardware, max_requests,
             max_query_len,
         ):  # fmt: skip
             batch = _without_rows(requests, queries, device)
-            self.lambda_attention(query, cache, batch, output)
+            self.attend(query, cache, batch, output)
 
     def warm_up_merge(self, cache: PagedCache, max_query_len: int) -> None:
         """The same for what `merge_global_branch` can launch."""
@@ -292,7 +299,7 @@ class TritonLayer:
         """Merges a finished window attention with the global keys behind the window, and the sinks.
 
         Args:
-            query: see `lambda_attention`.
+            query: see `attend`.
             cache: likewise.
             batch: likewise.
             output: the window's attention, replaced by the merged one; of query's shape.
@@ -383,17 +390,6 @@ class TritonLayer:
             batch.query_start_loc, batch.seq_lens, batch.block_table, self._angles, self._slopes,
             self._sinks, cache.key_scale, cache.value_scale,
         )  # fmt: skip
-
-    def _row_strides(self, *rows: torch.Tensor) -> tuple[int, ...]:
-        """Strides of tokens and heads of every tensor.
-
-        Raises:
-            ValueError: a row doesn't start at a multiple of 8 elements, as the kernels take it to.
-        """
-        strides = tuple(stride for x in rows for stride in x.stride()[:2])
-        if any(stride % 8 for stride in strides):
-            raise ValueError(f"strides {strides}: the Triton kernels take multiples of 8")
-        return strides
 
     def _cache_strides(self, cache: PagedCache, batch: DeviceBatch) -> tuple[int, ...]:
         key, value = cache.key.stride(), cache.value.stride()

@@ -23,6 +23,7 @@ from tests.kernels.triton.cases import (
 )
 from vllm_lminf.kernels.base import DeviceBatch, Heads, PagedCache
 from vllm_lminf.kernels.triton import plan as plan_module
+from vllm_lminf.kernels.triton.layer import TritonKernel
 from vllm_lminf.kernels.triton.plan import Plan, decode_plan, prefill_plan
 from vllm_lminf.pattern import LambdaPattern
 
@@ -237,7 +238,7 @@ class TestRowsAndStrides:
     def test_rows_that_lie_apart_and_padding(self, batch: Batch) -> None:
         """Queries are slices of a wider projection; rows past the batch stay as they are."""
         expected = batch.run_triton(torch.float32)
-        layer = batch.triton_layer(torch.float32, rules_of("", batch))
+        layer = TritonKernel(batch.layer(torch.float32, rules_of("", batch)))
         cache = batch.empty_cache(torch.float32)
         batch.fill(layer, cache, torch.float32)
         num_tokens, num_heads, head_size = expected.shape
@@ -245,7 +246,7 @@ class TestRowsAndStrides:
         rows[:num_tokens, :num_heads] = batch.query(torch.float32)
         outputs = torch.full((num_tokens + 4, num_heads + 1, 2 * head_size), -7.0)
         output = outputs[:, 1:, :head_size]
-        layer.lambda_attention(rows[:, :num_heads], cache, batch.device_batch(), output)
+        layer.attend(rows[:, :num_heads], cache, batch.device_batch(), output)
         assert torch.equal(output[:num_tokens], expected)
         outputs[:num_tokens, 1:, :head_size] = -7.0
         assert (outputs == -7.0).all()
@@ -255,7 +256,7 @@ class TestRowsAndStrides:
     def test_padding_requests(self, batch: Batch, stale: int) -> None:
         """No rows, and whatever length was left behind; their blocks are never looked up."""
         expected = batch.run_triton(torch.float32)
-        layer = batch.triton_layer(torch.float32, rules_of("", batch))
+        layer = TritonKernel(batch.layer(torch.float32, rules_of("", batch)))
         cache = batch.empty_cache(torch.float32)
         batch.fill(layer, cache, torch.float32)
         told = batch.device_batch()
@@ -266,14 +267,14 @@ class TestRowsAndStrides:
             told.max_query_len,
         )
         output = torch.full_like(expected, torch.nan)
-        layer.lambda_attention(batch.query(torch.float32), cache, padded, output)
+        layer.attend(batch.query(torch.float32), cache, padded, output)
         # The number of requests decides on splits, and these on the order of sums.
         assert_close(output, expected, 1e-6)
 
     def test_requests_do_not_mix(self, batch: Batch) -> None:
         """A request among others, and among empty ones: equal to the bit."""
         together = batch.run_triton(torch.float32)
-        layer = batch.triton_layer(torch.float32, rules_of("", batch))
+        layer = TritonKernel(batch.layer(torch.float32, rules_of("", batch)))
         cache = batch.empty_cache(torch.float32)
         batch.fill(layer, cache, torch.float32)
         told, query = batch.device_batch(), batch.query(torch.float32)
@@ -284,29 +285,29 @@ class TestRowsAndStrides:
                 told, query_start_loc=torch.tensor(bounds, dtype=torch.int32)
             )
             output = torch.full_like(query[start:end], torch.nan)
-            layer.lambda_attention(query[start:end], cache, alone, output)
+            layer.attend(query[start:end], cache, alone, output)
             assert torch.equal(output, together[start:end])
 
     def test_the_bound_on_queries_may_be_loose(self, batch: Batch) -> None:
         """As a captured graph's is: its launch serves any batch that fits."""
         expected = batch.run_triton(torch.float32)
-        layer = batch.triton_layer(torch.float32, rules_of("", batch))
+        layer = TritonKernel(batch.layer(torch.float32, rules_of("", batch)))
         cache = batch.empty_cache(torch.float32)
         batch.fill(layer, cache, torch.float32)
         for bound in (10, 21, 500):
             told = dataclasses.replace(batch.device_batch(), max_query_len=bound)
             output = torch.full_like(expected, torch.nan)
-            layer.lambda_attention(batch.query(torch.float32), cache, told, output)
+            layer.attend(batch.query(torch.float32), cache, told, output)
             assert_close(output, expected, 1e-6)
 
     def test_nothing_to_do(self, batch: Batch) -> None:
-        layer = batch.triton_layer(torch.float32, rules_of("", batch))
+        layer = TritonKernel(batch.layer(torch.float32, rules_of("", batch)))
         cache, told = batch.empty_cache(torch.float32), batch.device_batch()
         query = batch.query(torch.float32)
-        layer.lambda_attention(query[:0], cache, told, query[:0])
+        layer.attend(query[:0], cache, told, query[:0])
         none = DeviceBatch(told.query_start_loc[:1], told.seq_lens[:0], told.block_table[:0], 0)
         output = torch.full_like(query, -7.0)
-        layer.lambda_attention(query, cache, none, output)
+        layer.attend(query, cache, none, output)
         assert (output == -7.0).all()
 
 

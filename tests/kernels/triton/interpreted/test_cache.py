@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from vllm_lminf.kernels.base import Heads, PagedCache, ScoreRules
-from vllm_lminf.kernels.triton.layer import TritonLayer, Workspace
+from tests.kernels.layers import make_layer
+from vllm_lminf.kernels.base import Heads, PagedCache
+from vllm_lminf.kernels.triton.layer import TritonKernel
 from vllm_lminf.pattern import LambdaPattern
 
 NUM_BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_SIZE = 6, 16, 3, 24
 SLOTS = [[21, 4, 95, 8, 0], [21, -1, 4, -1, 90], [], [-1], [17]]
 
 
-def make_layer(dtype: torch.dtype) -> TritonLayer:
+def make_kernel(dtype: torch.dtype) -> TritonKernel:
     heads = Heads(2 * KV_HEADS, KV_HEADS, HEAD_SIZE, dtype)
-    workspace = Workspace(heads, torch.device("cpu"))
-    return TritonLayer(heads, LambdaPattern(2, 8, 8), ScoreRules(1.0), None, workspace)
+    return TritonKernel(make_layer(heads, LambdaPattern(2, 8, 8)))
 
 
 def tokens(dtype: torch.dtype, size: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +53,7 @@ def test_slots(slots: list[int], heads_first: bool, slot_dtype: torch.dtype) -> 
     """In any order; tokens without a slot are skipped, and rows past the slots are padding."""
     cache = empty(torch.float16, heads_first)
     key, value = tokens(torch.float16)
-    make_layer(torch.float16).write_cache(key, value, cache, torch.tensor(slots, dtype=slot_dtype))
+    make_kernel(torch.float16).write_cache(key, value, cache, torch.tensor(slots, dtype=slot_dtype))
     assert_written(cache, key, value, slots)
 
 
@@ -68,7 +68,7 @@ def test_fp8(dtype: torch.dtype, scaled: bool) -> None:
     most = torch.finfo(dtype).max
     key, value = tokens(torch.bfloat16, size=most / 4)
     assert key.float().abs().max() > (0.3 if scaled else 0.5) * most
-    make_layer(torch.bfloat16).write_cache(key, value, cache, torch.tensor(SLOTS[0]))
+    make_kernel(torch.bfloat16).write_cache(key, value, cache, torch.tensor(SLOTS[0]))
     key_scale, value_scale = (0.3, 0.07) if scaled else (1.0, 1.0)
     expected = [
         (x.float() / torch.tensor(scale)).clamp(-most, most).to(dtype)

@@ -1,7 +1,6 @@
 """Triton's kernels for a few queries and FlashAttention for more, in one batch."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from tests.kernels.test_reference import assert_close
 from tests.kernels.triton.cases import PATTERNS, exact_and_tolerance, rules_of
 from tests.kernels.triton.interpreted.test_flash import flash_attn_varlen_func
 from vllm_lminf.kernels.base import ScoreRules
-from vllm_lminf.kernels.hybrid import HybridLayer
+from vllm_lminf.kernels.hybrid import HybridKernel
 
 DTYPE = torch.float16
 
@@ -32,7 +31,7 @@ def attend_long(
 
 
 def attend(batch: Batch, rules: ScoreRules | None = None, num_few: int = 1) -> torch.Tensor:
-    return run(batch, DTYPE, attend_long, rules, make=partial(HybridLayer, num_few=num_few))
+    return run(batch, DTYPE, attend_long, rules, kernel=HybridKernel, decode_len=num_few)
 
 
 @pytest.mark.parametrize("num_few", [1, 4])
@@ -67,8 +66,7 @@ def test_decoding_is_for_triton_alone(num_few: int, queries: int) -> None:
     """In a captured graph nothing else may be launched; nor when a request's drafts don't fit into
     one tile."""
     batch = make_batch(Case("decode", ((300, queries), (80, 1)), heads=(8, 2), head_size=16))
-    make = partial(HybridLayer, num_few=num_few)
-    output = run(batch, DTYPE, "not to be called", make=make)  # type: ignore[arg-type]
+    output = run(batch, DTYPE, "not to be called", kernel=HybridKernel, decode_len=num_few)
     assert torch.equal(output, batch.run_triton(DTYPE))
 
 
@@ -93,7 +91,7 @@ def test_each_request_is_attended_by_one(num_few: int) -> None:
 
     requests = ((300, 1), (300, 2), (300, 4), (300, 5), (300, 40))
     batch = make_batch(Case("mixed", requests, heads=(8, 1), head_size=16))
-    run(batch, DTYPE, record, make=partial(HybridLayer, num_few=num_few))
+    run(batch, DTYPE, record, kernel=HybridKernel, decode_len=num_few)
     in_a_tile = {1: 2, 4: 4}[num_few]
     for (_, queries), used in zip(requests, told["seqused_k"].tolist(), strict=True):
         assert (used == queries) == (queries <= in_a_tile)
@@ -112,5 +110,5 @@ def test_padding() -> None:
         padded = dataclasses.replace(
             told, query_start_loc=start, seq_lens=lens, block_table=table, shared={}
         )
-        output = run(batch, DTYPE, attend_long, make=HybridLayer, told=padded)
+        output = run(batch, DTYPE, attend_long, kernel=HybridKernel, told=padded)
         torch.testing.assert_close(output, expected, rtol=0, atol=2**-10)

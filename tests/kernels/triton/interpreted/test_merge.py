@@ -8,6 +8,7 @@ from tests.kernels.cases import assert_close
 from tests.kernels.triton.cases import FAR, exact_and_tolerance, rules_case, rules_of
 from tests.kernels.triton.window import log_sum_exp, window_attention
 from vllm_lminf.kernels.base import ScoreRules
+from vllm_lminf.kernels.triton.layer import TritonKernel
 
 MIXED = ((150, 1), (90, 40), (0, 100), (47, 3))
 CASES = [
@@ -24,7 +25,7 @@ CASES = [
 def merge(
     batch: Batch, rules: ScoreRules, output: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layer = batch.triton_layer(torch.float32, rules)
+    layer = TritonKernel(batch.layer(torch.float32, rules))
     cache = batch.empty_cache(torch.float32)
     batch.fill(layer, cache, torch.float32)
     output, lse = output.float(), lse.float().contiguous()

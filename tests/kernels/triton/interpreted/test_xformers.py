@@ -133,7 +133,7 @@ class TestRowsAndStrides:
         rows[:num_tokens, :num_heads] = batch.query(DTYPE)
         outputs = torch.full((num_tokens + 3, num_heads + 1, 2 * head_size), -7.0, dtype=DTYPE)
         output = outputs[:, 1:, :head_size]
-        layer.lambda_attention(rows[:, :num_heads], cache, batch.device_batch(), output)
+        layer.attend(rows[:, :num_heads], cache, batch.device_batch(), output)
         assert torch.equal(output[:num_tokens], expected)
         assert (output[num_tokens:] == 0).all()
         output.fill_(-7.0)
@@ -160,10 +160,10 @@ class TestRowsAndStrides:
         layer = make_layer(batch, DTYPE, None, OPERATORS)
         cache, told = batch.empty_cache(DTYPE), batch.device_batch()
         query = batch.query(DTYPE)
-        layer.lambda_attention(query[:0], cache, told, query[:0])
+        layer.attend(query[:0], cache, told, query[:0])
         none = DeviceBatch(told.query_start_loc[:1], told.seq_lens[:0], told.block_table[:0], 0)
         output = torch.full_like(query, -7.0)
-        layer.lambda_attention(query, cache, none, output)
+        layer.attend(query, cache, none, output)
         assert (output == -7.0).all()
 
 

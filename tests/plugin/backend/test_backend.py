@@ -16,12 +16,16 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.kernels.host_batch import HostBatch
 from vllm_lminf.kernels.oracle import lambda_attention
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin.backend import LambdaAttentionBackend
-from vllm_lminf.plugin.impl import LambdaAttentionImpl
+from vllm_lminf.plugin.backend import (
+    LambdaAttentionBackend,
+    LambdaAttentionImpl,
+    LambdaMetadata,
+    LambdaMetadataBuilder,
+)
 from vllm_lminf.plugin.kv_cache import LambdaSpec
-from vllm_lminf.plugin.metadata import LambdaMetadata, LambdaMetadataBuilder
 
 PATTERN = LambdaPattern(4, 512, 600)
 FULL = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
@@ -117,15 +121,17 @@ class TestSpec:
 class TestMetadata:
     def test_positions_of_a_mixed_batch(self, config: VllmConfig) -> None:
         metadata = build(config, describe([(7, 1), (0, 3), (10, 2)]))
-        assert metadata.positions.tolist() == [7, 0, 1, 2, 10, 11]
-        assert metadata.query_start_loc.tolist() == [0, 1, 4, 6]
-        assert metadata.seq_lens.tolist() == [8, 3, 12]
+        host = HostBatch.of(metadata.batch)
+        assert host.positions.tolist() == [7, 0, 1, 2, 10, 11]
+        assert host.query_start_loc.tolist() == [0, 1, 4, 6]
+        assert host.seq_lens.tolist() == [8, 3, 12]
         assert metadata.num_actual_tokens == 6
 
     def test_padding_is_left_out(self, config: VllmConfig) -> None:
         metadata = build(config, describe([(7, 1), (0, 3)], padding=5))
-        assert metadata.query_start_loc[-1] == 4
-        assert metadata.positions.shape == (4,)
+        host = HostBatch.of(metadata.batch)
+        assert host.query_start_loc[-1] == 4
+        assert host.positions.shape == (4,)
 
     def test_nothing_waits_for_the_device(self, config: VllmConfig) -> None:
         """On a device from which no number can be read. Its batch lies in vLLM's own tensors."""
@@ -151,7 +157,7 @@ class TestMetadata:
         first = builder.build_for_drafting(on_device, draft_index=0)
         assert first.batch.seq_lens.shape == (4,)
         with pytest.raises(NotImplementedError):
-            _ = first.seq_lens
+            HostBatch.of(first.batch)
 
     def test_rejected_drafts_are_requests_of_their_own(self, config: VllmConfig) -> None:
         """Rows without a slot, as the last of their request, or all of it, or none."""
@@ -160,9 +166,10 @@ class TestMetadata:
         batch = replace(batch, slot_mapping=torch.tensor([*slots, -1]), num_actual_tokens=10)
         builder = LambdaMetadataBuilder(LambdaSpec.of(FULL, PATTERN), ["layer"], config, CPU)
         metadata = builder.build_for_drafting(batch, draft_index=0)
-        assert metadata.query_start_loc.tolist() == [0, 2, 4, 4, 6, 9, 9]
-        assert metadata.seq_lens.tolist() == [12, 2, 5, 2, 3, 0]
-        assert metadata.positions.tolist() == [10, 11, 0, 1, 0, 1, 0, 1, 2]
+        host = HostBatch.of(metadata.batch)
+        assert host.query_start_loc.tolist() == [0, 2, 4, 4, 6, 9, 9]
+        assert host.seq_lens.tolist() == [12, 2, 5, 2, 3, 0]
+        assert host.positions.tolist() == [10, 11, 0, 1, 0, 1, 0, 1, 2]
         table = batch.block_table_tensor
         assert torch.equal(metadata.batch.block_table[::2], table)
         assert torch.equal(metadata.batch.block_table[1::2], table)
@@ -178,7 +185,7 @@ class TestMetadata:
         batch = describe([(7, 2)])
         batch.seq_lens[0] = 2**31 - 1
         metadata = build(config, batch)
-        assert metadata.positions.tolist() == [2**31 - 3, 2**31 - 2]
+        assert HostBatch.of(metadata.batch).positions.tolist() == [2**31 - 3, 2**31 - 2]
 
     def test_cache_of_another_engine_is_refused(self, config: VllmConfig) -> None:
         other = LambdaSpec.of(FULL, replace(PATTERN, n_global=5))
