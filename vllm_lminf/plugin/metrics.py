@@ -13,6 +13,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 from vllm.v1.request import Request
 
+from vllm_lminf.pattern import num_seen
 from vllm_lminf.plugin import patches
 from vllm_lminf.plugin.checks import pattern_of
 from vllm_lminf.plugin.kv_cache import LambdaManager
@@ -40,12 +41,9 @@ class Meter:
             managers: those of all the engine's KV cache groups; others than the Λ's are left out.
         """
         self._managers = [m for m in managers if isinstance(m, LambdaManager)]
-        patterns = [m.pattern for m in self._managers]
         # Layers with a window of their own have a Λ of their own; a token is out of sight once
         # none of them sees it.
-        n_global = max((p.n_global for p in patterns), default=0)
-        n_local = max((p.n_local for p in patterns), default=0)
-        self._num_seen = n_global + n_local - 1
+        self._patterns = {m.pattern for m in self._managers}
         self._last_reading = -INTERVAL_S
 
     def read(self, requests: Mapping[str, Request]) -> dict[str, int]:
@@ -78,7 +76,8 @@ class Meter:
         for request_id in self._managers[0].req_to_blocks:  # every group has the same requests
             request = requests.get(request_id)
             if request is not None:
-                outside += max(0, request.num_computed_tokens - self._num_seen)
+                computed = request.num_computed_tokens
+                outside += computed - num_seen(self._patterns, computed)
         return {BLOCKS_PINNED: pinned, BLOCKS_FREED: freed, TOKENS_OUTSIDE: outside}
 
 
