@@ -213,7 +213,7 @@ class LambdaPattern(Pattern):
                 "scored at a distance that is not theirs"
             )
 
-    def intervals(self, i: int) -> tuple[Interval, ...]:
+    def intervals(self, i: int) -> tuple[Interval, Interval]:
         """The global tokens behind the window, and the window.
 
         Example: ``n_global=3, n_local=4, distance_limit=6``. The query at 9 sees [0, 3), which are

@@ -64,7 +64,8 @@ def far_rotations(
     """The rotations for queries at ``positions`` (integers [num_tokens]) under this Λ."""
     query_cos, query_sin = tables((positions - pattern.distance_limit).clamp(min=0))
     last = int(positions.max()) if len(positions) else 0
-    key_cos, key_sin = tables.leading(min(pattern.n_global, pattern.window_start(last)))
+    behind, _ = pattern.intervals(last)
+    key_cos, key_sin = tables.leading(behind.stop)
     return FarRotations(query_cos, -query_sin, key_cos, -key_sin, is_neox_style)
 
 
@@ -141,12 +142,13 @@ def lambda_attention(
         start, end = query_start_loc[request], query_start_loc[request + 1]
         if start == end:
             continue
-        window_start = pattern.window_start(seq_len - (end - start))
-        num_global = min(pattern.n_global, pattern.window_start(seq_len - 1))
+        # The first query's window reaches back furthest; the last query has most behind its own.
+        _, window = pattern.intervals(seq_len - (end - start))
+        behind, _ = pattern.intervals(seq_len - 1)
         tiles = _RequestTiles(
             query[start:end],
-            *_gather(kv_cache, block_table[request], window_start, seq_len),
-            *_gather(kv_cache, block_table[request], 0, num_global),
+            *_gather(kv_cache, block_table[request], window.start, seq_len),
+            *_gather(kv_cache, block_table[request], behind.start, behind.stop),
             seq_len,
             pattern,
             rules,

@@ -10,7 +10,7 @@ from vllm_lminf.errors import BuildError, SettingsError, UnsupportedError
 from vllm_lminf.kernels.base import Heads, Situation
 from vllm_lminf.kernels.cpu import build
 from vllm_lminf.pattern import MAX_POSITION, LambdaPattern
-from vllm_lminf.plugin import patches, speculation, trained_length
+from vllm_lminf.plugin import patches, speculation, trained_length, versions
 from vllm_lminf.plugin.config import (
     BACKEND_NAME,
     BACKEND_VARIABLE,
@@ -51,7 +51,7 @@ def prepare(args: "EngineArgs") -> patches.Finish | None:
                 BACKEND_NAME,
             )
         return None
-    patches.declare_variables(
+    versions.declare_variables(
         [name for name in os.environ if name.startswith(VARIABLE_PREFIX)]
         + [BACKEND_VARIABLE] * (BACKEND_VARIABLE in os.environ)
     )
@@ -116,7 +116,7 @@ def pattern_being_built(config: "VllmConfig") -> LambdaPattern:
     model = config.model_config
     if not speculation.is_draft(model):
         return pattern_of(config)
-    return speculation.draft_pattern(pattern_of(config), patches.trained_length(model))
+    return speculation.draft_pattern(pattern_of(config), versions.trained_length(model))
 
 
 def check(config: "VllmConfig") -> None:
@@ -260,7 +260,7 @@ def _kernel_reasons(config: "VllmConfig") -> list[str]:
         for reason in against
     ]
     if asked in ("flash", "hybrid"):
-        absent = patches.reasons_against_flash_attention()
+        absent = versions.reasons_against_flash_attention()
         return reasons + [f"kernel {asked!r}{named}: {reason}" for reason in absent]
     dtype = str(model.dtype).removeprefix("torch.")
     if asked == "cpu":

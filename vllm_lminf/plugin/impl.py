@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.kernels.base import Heads, ScoreRules, Situation
 from vllm_lminf.kernels.cpu.kernel import CpuLayer
-from vllm_lminf.plugin import patches
+from vllm_lminf.plugin import versions
 from vllm_lminf.plugin.checks import cache_dtype_of, kernel_of, pattern_being_built, situation_of
 from vllm_lminf.plugin.layer_kernel import Layer, LayerKernel, compile_layer, scales_of
 from vllm_lminf.plugin.loaded_model import models
@@ -89,7 +89,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         self.compiled = compile_layer(
             kernel_of(self.engine), self.device, self.situation.heads, self.rules
         )
-        patches.register_warm_up(self.engine, warm_up)
+        versions.register_warm_up(self.engine, warm_up)
 
     def make_ready(self, rotary: Rotary | None) -> None:
         """Gives the layer its kernel, without which it doesn't run.

@@ -15,7 +15,7 @@ from vllm_lminf.kernels.base import Heads, PagedCache, Rotation, ScoreRules, Sit
 from vllm_lminf.kernels.cpu.kernel import CpuLayer, serves
 from vllm_lminf.kernels.registry import choose
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import patches
+from vllm_lminf.plugin import versions
 from vllm_lminf.plugin.metadata import LambdaMetadata
 from vllm_lminf.plugin.rotary import Rotary
 
@@ -376,7 +376,7 @@ class FlashKernel(_GpuKernel):
         from vllm_lminf.kernels.flash import FlashLayer
 
         super().__init__(layer)
-        attend = patches.flash_attention(layer.situation.heads.head_size)
+        attend = versions.flash_attention(layer.situation.heads.head_size)
         self._attending = FlashLayer(*_description(layer), _workspace(layer), attend)
 
 
@@ -389,7 +389,7 @@ class HybridKernel(_GpuKernel):
         from vllm_lminf.kernels.hybrid import HybridLayer
 
         super().__init__(layer)
-        attend = patches.flash_attention(layer.situation.heads.head_size)
+        attend = versions.flash_attention(layer.situation.heads.head_size)
         self._attending = HybridLayer(
             *_description(layer), _workspace(layer), attend, layer.decode_len
         )

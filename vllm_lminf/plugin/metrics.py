@@ -1,31 +1,103 @@
 """What operators ask of a running server: blocks pinned, blocks given back, tokens out of sight.
 
-The numbers are read in the engine's process, travel with vLLM's own statistics of a step (`compat`
-says how), and are shown by the process that answers ``/metrics``, beside vLLM's own.
+The numbers are read in the engine's process, travel with vLLM's own statistics of a step, and are
+shown by the process that answers ``/metrics``, beside vLLM's own. `install` wraps what that takes:
+
+- `Scheduler.make_stats`. A step's statistics are the one thing that travels from the engine's
+  process to the API server's at every step, whatever the number of either. They have no place for
+  a plugin's numbers, and the scheduler's class is the user's to choose. So they travel in a field
+  that maps names to counts, `CARRIER`, under names that no reader of vLLM knows; the logger takes
+  them out before vLLM's own see them.
+- `StatLoggerManager.__init__`. A class in the entry point group vllm.stat_logger_plugins is loaded
+  into every server of the environment, LMINF selected or not, and turns the statistics on that
+  --disable-log-stats turned off; offline engines never load it.
 """
 
+import dataclasses
+import functools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
-from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 from vllm.v1.request import Request
 
 from vllm_lminf.pattern import num_seen
-from vllm_lminf.plugin import patches
 from vllm_lminf.plugin.checks import pattern_of
+from vllm_lminf.plugin.config import BACKEND_NAME
 from vllm_lminf.plugin.kv_cache import LambdaManager
+from vllm_lminf.plugin.wrapping import path_of, wrap
 
 BLOCKS_PINNED = "lminf_kv_blocks_pinned"
 BLOCKS_FREED = "lminf_kv_blocks_freed"
 TOKENS_OUTSIDE = "lminf_tokens_outside_window"
 NAMES = (BLOCKS_PINNED, BLOCKS_FREED, TOKENS_OUTSIDE)
 
+CARRIER = "num_kv_fetch_reqs_by_stage"
+"""The field of `SchedulerStats` that the numbers travel in."""
 
 INTERVAL_S = 0.1
 """Least time between two readings of an engine that is busy."""
+
+
+def install() -> None:
+    """Has the numbers read, carried and shown in every engine that selects LMINF.
+
+    Raises:
+        RuntimeError: what carries them isn't there in this vLLM.
+    """
+    _check_carrier()
+    wrap(Scheduler, "make_stats", _load)
+    wrap(StatLoggerManager, "__init__", _add_logger)
+
+
+def _check_carrier() -> None:
+    carriers = [field for field in dataclasses.fields(SchedulerStats) if field.name == CARRIER]
+    if not carriers or carriers[0].default_factory is not dict:
+        raise RuntimeError(
+            f"{path_of(SchedulerStats, CARRIER)} isn't the dict of names and counts that LMINF's "
+            "metrics travel in: install a vLLM that this version of vllm-lminf knows"
+        )
+
+
+def _load(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Scheduler.make_stats`, with our numbers in what it returns."""
+    meters: WeakKeyDictionary[Scheduler, Meter] = WeakKeyDictionary()
+
+    @functools.wraps(original)
+    def make_stats(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+        stats = original(self, *args, **kwargs)
+        if stats is not None:
+            if self not in meters:
+                meters[self] = Meter(self.kv_cache_manager.coordinator.single_type_managers)
+            getattr(stats, CARRIER).update(meters[self].read(self.requests))
+        return stats
+
+    return make_stats
+
+
+def unload(stats: SchedulerStats) -> dict[str, int]:
+    """Takes the numbers out of a step's statistics; empty where they carry none."""
+    carrier = getattr(stats, CARRIER)
+    return {name: carrier.pop(name) for name in NAMES if name in carrier}
+
+
+def _add_logger(original: Callable[..., None]) -> Callable[..., None]:
+    """`StatLoggerManager.__init__`, with our logger before vLLM's where LMINF is selected."""
+
+    @functools.wraps(original)
+    def init(self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        if vllm_config.attention_config.backend is AttentionBackendEnum[BACKEND_NAME]:
+            self.stat_loggers.insert(0, LambdaStatLogger(vllm_config, self.engine_indexes))
+
+    return init
 
 
 class Meter:
@@ -138,7 +210,7 @@ class LambdaStatLogger(AggregateStatLoggerBase):
         mm_cache_stats: MultiModalCacheStats | None = None,
         engine_idx: int = 0,
     ) -> None:
-        if scheduler_stats and (numbers := patches.unload_stats(scheduler_stats)):
+        if scheduler_stats and (numbers := unload(scheduler_stats)):
             self._pinned[engine_idx].set(numbers[BLOCKS_PINNED])
             self._freed[engine_idx].inc(numbers[BLOCKS_FREED])
             self._outside[engine_idx].set(numbers[TOKENS_OUTSIDE])

@@ -11,7 +11,7 @@ from vllm_lminf.kernels import xformers
 from vllm_lminf.kernels.base import DeviceBatch, Heads, PagedCache, ScoreRules, Situation
 from vllm_lminf.kernels.registry import Choice
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import layer_kernel, patches
+from vllm_lminf.plugin import layer_kernel, versions
 from vllm_lminf.plugin.layer_kernel import (
     FlashKernel,
     HybridKernel,
@@ -55,7 +55,7 @@ def test_triton() -> None:
 @pytest.mark.parametrize("decode_len", [1, 3])
 def test_hybrid(decode_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step in which a request decodes doesn't come near FlashAttention, and may be captured."""
-    monkeypatch.setattr(patches, "flash_attention", lambda head_size: "not to be called")
+    monkeypatch.setattr(versions, "flash_attention", lambda head_size: "not to be called")
     kernel = HybridKernel(replace(LAYER, decode_len=decode_len))
     _, value, output = write_and_attend(kernel)
     torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
@@ -73,7 +73,7 @@ def test_flash(monkeypatch: pytest.MonkeyPatch) -> None:
         arguments["out"].copy_(value[2, 0].repeat_interleave(2, dim=0))
         return arguments["out"], torch.zeros(4, 1)
 
-    monkeypatch.setattr(patches, "flash_attention", lambda head_size: attend)
+    monkeypatch.setattr(versions, "flash_attention", lambda head_size: attend)
     _, value, output = write_and_attend(FlashKernel(LAYER))
     torch.testing.assert_close(output, value.repeat_interleave(2, dim=1))
     assert FlashKernel.in_graphs is AttentionCGSupport.NEVER

@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.kernels.registry import choose
-from vllm_lminf.plugin import checks, hosts, patches
+from vllm_lminf.plugin import checks, hosts, patches, wrapping
 
 PINNED = Path(__file__).parents[3] / "requirements-vllm-cuda.txt"
 DEVICES = [(8, 0), (9, 0), (10, 0)]
@@ -59,7 +59,7 @@ class TestEnvironment:
         assert "LMINF" in AttentionBackendEnum.__members__
 
     def test_what_is_wrapped_is_there(self) -> None:
-        wrapped = {f"{owner.__name__}.{name}" for owner, name in patches._originals}
+        wrapped = {f"{owner.__name__}.{name}" for owner, name in wrapping._originals}
         assert wrapped == {
             "EngineArgs.create_engine_config",
             "CpuPlatform.get_attn_backend_cls",

@@ -115,14 +115,14 @@ def start_engine(name: EngineName, job: EngineJob, model: ModelConfig) -> Steppe
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    from vllm_lminf.plugin import patches
+    from vllm_lminf.plugin import versions
 
     longest = job.lengths_of(name)[-1]
     max_model_len = longest + job.decode_tokens + 1
     options: dict[str, Any] = {}
     if name == "lminf":
         options = {"attention_backend": BACKEND_NAME, "additional_config": {SECTION: job.lminf}}
-    elif max_model_len > (patches.trained_length(model) or max_model_len):
+    elif max_model_len > (versions.trained_length(model) or max_model_len):
         options = {"hf_overrides": {"max_position_embeddings": max_model_len}}
     begin = time.perf_counter()
     llm = LLM(
@@ -244,7 +244,7 @@ def measure(job: EngineJob, answers: Answers) -> EngineResult:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
-    from vllm_lminf.plugin import patches
+    from vllm_lminf.plugin import versions
 
     done = 0
 
@@ -288,7 +288,7 @@ def measure(job: EngineJob, answers: Answers) -> EngineResult:
     return EngineResult(
         runs={name: engines[name].runs(prefill[name], decodes[name]) for name in ENGINE_NAMES},
         agreement=agreement,
-        trained_length=patches.trained_length(model),
+        trained_length=versions.trained_length(model),
         threads=torch.get_num_threads(),
         device=current_platform.get_device_name(),
     )
