@@ -68,7 +68,7 @@ Attend = Callable[..., Any]
 """A ``flash_attn_varlen_func``, its version given."""
 
 
-class _Lminf:
+class Lminf:
     """LMINF's kernels on a device's sequences; those of one device share what layers share.
 
     Args:
@@ -160,7 +160,7 @@ class CpuContenders:
         self.isa: str = _get_attn_isa(setting.dtype, setting.block_size, shape.head_size, "auto")
         size = (sequences.num_blocks, shape.num_kv_heads, setting.block_size, 2 * shape.head_size)
         cache = torch.full(size, torch.nan, dtype=setting.dtype)
-        self._lminf = _Lminf(sequences, "cpu", PagedCache.of(cache, setting.dtype))
+        self._lminf = Lminf(sequences, "cpu", PagedCache.of(cache, setting.dtype))
         self._vllm_cache = torch.zeros(size, dtype=setting.dtype)
         sequences.fill(self._write_vllm)
 
@@ -246,7 +246,7 @@ class GpuContenders:
             torch.full(size, torch.nan, dtype=setting.dtype, device=setting.device) for _ in "kv"
         )
         self._cache = PagedCache(key.transpose(1, 2), value.transpose(1, 2))
-        self._lminf = _Lminf(sequences, "triton", self._cache)
+        self._lminf = Lminf(sequences, "triton", self._cache)
 
     def makers(self) -> Iterator[tuple[str, Make]]:
         """Every contender, by name."""

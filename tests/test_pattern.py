@@ -1,10 +1,12 @@
 """The Λ in integers, against a count of what every query sees."""
 
+from itertools import chain
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_lminf.pattern import LambdaPattern, cdiv
+from vllm_lminf.pattern import Interval, LambdaPattern, Pattern, cdiv, num_seen
 
 # n_global, n_local, distance_limit, block_size
 SHAPES = [
@@ -55,16 +57,53 @@ def test_everything_is_seen_near_the_start() -> None:
     assert not pattern.visible(8, 0)
 
 
+def seen(pattern: LambdaPattern, i: int) -> set[int]:
+    return {j for interval in pattern.intervals(i) for j in interval.positions}
+
+
 @given(patterns, patterns)
 def test_union_shows_what_either_shows_and_is_the_smallest(
     first: LambdaPattern, second: LambdaPattern
 ) -> None:
     union = first.union(second)
     for i in range(60):
-        for j in range(i + 1):
-            assert union.visible(i, j) >= (first.visible(i, j) or second.visible(i, j))
+        assert seen(union, i) >= seen(first, i) | seen(second, i)
     for name in ("n_global", "n_local", "distance_limit"):
         assert getattr(union, name) in (getattr(first, name), getattr(second, name))
+
+
+@given(pattern=patterns, i=st.integers(0, 60))
+def test_intervals_are_what_the_definition_says(pattern: LambdaPattern, i: int) -> None:
+    n_global, n_local = pattern.n_global, pattern.n_local
+    visible = [j for j in range(i + 1) if j < n_global or i - j < n_local]
+    distances = [min(i - j, pattern.distance_limit) for j in visible]
+    intervals = pattern.intervals(i)
+    assert [j for interval in intervals for j in interval.positions] == visible
+    assert [d.distance(i, j) for d in intervals for j in d.positions] == distances
+    assert [j for j in range(i + 5) if pattern.visible(i, j)] == visible
+    assert [pattern.distance(i, j) for j in visible] == distances
+    assert pattern.kept(i) == intervals
+
+
+def test_an_interval_counts_distances_as_it_says() -> None:
+    positions = range(4, 8)
+    for interval, expected in (
+        (Interval(4, 8), [6, 5, 4, 3]),
+        (Interval(4, 8, max_distance=4), [4, 4, 4, 3]),
+        (Interval(4, 8, min_distance=5), [6, 5, 5, 5]),
+        (Interval(4, 8, min_distance=9, max_distance=9), [9, 9, 9, 9]),
+    ):
+        assert interval.positions == positions
+        assert [interval.distance(10, j) for j in positions] == expected
+
+
+@given(patterns, patterns, st.integers(0, 60))
+def test_what_some_pattern_shows_is_counted_once(
+    first: LambdaPattern, second: LambdaPattern, computed: int
+) -> None:
+    seen = [j for j in range(computed) if any(p.visible(computed, j) for p in (first, second))]
+    assert num_seen([first, second], computed) == len(seen)
+    assert num_seen([], computed) == 0
 
 
 def test_distance_is_true_up_to_the_limit_and_the_limit_beyond() -> None:
@@ -113,7 +152,45 @@ def test_pinned_blocks_are_those_with_a_global_token(
 
 
 def test_freed_blocks_of_the_documented_example() -> None:
-    assert LambdaPattern(3, 4, 4).freed_blocks(11, block_size=2) == range(2, 4)
+    """The next query is at 11 and its window starts at 8."""
+    pattern = LambdaPattern(3, 4, 4)
+    assert pattern.freed_blocks(11, block_size=2) == (range(2, 4),)
+    assert pattern.kept_blocks(11, 2, num_blocks=6) == [range(2), range(4, 6)]
+
+
+@given(
+    pattern=patterns,
+    block_size=st.integers(1, 9),
+    num_computed=st.integers(0, 90),
+    retained=st.integers(0, 7),
+)
+def test_closed_forms_are_what_the_intervals_say(
+    pattern: LambdaPattern, block_size: int, num_computed: int, retained: int
+) -> None:
+    derived = Pattern.freed_blocks(pattern, num_computed, block_size, retained)
+    assert pattern.freed_blocks(num_computed, block_size, retained) == derived
+
+
+@given(pattern=patterns, block_size=st.integers(1, 9), in_flight=st.integers(1, 30))
+def test_the_bound_is_pinned_blocks_and_a_moving_part(
+    pattern: LambdaPattern, block_size: int, in_flight: int
+) -> None:
+    """The number that pools were sized by before it was derived from intervals."""
+    for longest in range(1, 120):
+        pinned = cdiv(pattern.n_global, block_size)
+        moving = cdiv(pattern.n_local - 1 + 3 + in_flight, block_size) + 1
+        bound = pattern.max_blocks_held(block_size, in_flight, longest, extra_retained_tokens=3)
+        assert bound == min(pinned + moving, cdiv(longest, block_size))
+
+
+@given(pattern=patterns, block_size=st.integers(1, 9), num_computed=st.integers(0, 90))
+def test_kept_and_freed_blocks_are_all_blocks(
+    pattern: LambdaPattern, block_size: int, num_computed: int
+) -> None:
+    freed = {*chain(*pattern.freed_blocks(num_computed, block_size))}
+    for num_blocks in range(30):
+        kept = [*chain(*pattern.kept_blocks(num_computed, block_size, num_blocks))]
+        assert kept == [block for block in range(num_blocks) if block not in freed]
 
 
 @given(
@@ -138,23 +215,20 @@ def test_a_block_is_freed_exactly_when_no_later_query_sees_it(
         )
     }
     freed = pattern.freed_blocks(num_computed, block_size, retained)
-    assert set(freed) == unseen
-    assert freed.step == 1
-    assert freed.start <= freed.stop
+    assert [*chain(*freed)] == sorted(unseen)
+    assert all(gap.step == 1 and gap for gap in freed)
 
 
 @given(pattern=patterns, block_size=st.integers(1, 9), num_computed=st.integers(0, 90))
 def test_freed_blocks_only_grow(pattern: LambdaPattern, block_size: int, num_computed: int) -> None:
-    now = pattern.freed_blocks(num_computed, block_size)
-    later = pattern.freed_blocks(num_computed + 1, block_size)
-    assert later.start == now.start
-    assert later.stop >= now.stop
+    now = {*chain(*pattern.freed_blocks(num_computed, block_size))}
+    later = {*chain(*pattern.freed_blocks(num_computed + 1, block_size))}
+    assert now <= later
 
 
 def held(pattern: LambdaPattern, block_size: int, num_computed: int, end: int) -> int:
     """Blocks of a request with num_computed settled tokens and slots up to ``end``."""
-    freed = pattern.freed_blocks(num_computed, block_size)
-    return sum(block not in freed for block in range(cdiv(end, block_size)))
+    return sum(map(len, pattern.kept_blocks(num_computed, block_size, cdiv(end, block_size))))
 
 
 @pytest.mark.parametrize("in_flight", [1, 7, 16, 40])

@@ -314,13 +314,13 @@ def _tiles(query: torch.Tensor, pattern: LambdaPattern) -> Iterator[_Tile]:
     rows = max(_MIN_ROWS, min(fitting, max(64, pattern.n_local // 4)))
     for start in range(0, seq, rows):
         end = min(start + rows, seq)
-        window_start = pattern.window_start(start)
+        behind, window = pattern.intervals(start)
         reach = max(0, start - pattern.distance_limit)
         yield _Tile(
             queries=range(start, end),
             far=range(min(pattern.n_global, max(0, end - 1 - pattern.distance_limit))),
-            middle=range(reach, max(reach, min(pattern.n_global, window_start))),
-            window=range(window_start, end),
+            middle=range(reach, max(reach, behind.stop)),
+            window=range(window.start, end),
         )
 
 

@@ -188,15 +188,16 @@ class TestCpuContenders:
 
     def test_a_wrong_kernel_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """One whose window is a token short."""
-        right = CpuContenders._lminf
+        right = Lminf.contender
 
-        def one_short(self: CpuContenders, batch: Batch, n_global: int) -> Contender:
+        def one_short(self: Lminf, batch: Batch, n_global: int) -> Contender:
             other = copy.copy(self)
             other._sequences = copy.copy(self._sequences)
-            other._sequences.setting = replace(SETTING, window=199)
-            return Contender(LambdaPattern(n_global, 200, 200), right(other, batch, n_global).run)
+            other._sequences.setting = replace(SETTING, window=199, block_size=128)
+            run = right(other, batch, n_global=n_global).run
+            return Contender(LambdaPattern(n_global, 200, 200), run)
 
-        monkeypatch.setattr(CpuContenders, "_lminf", one_short)
+        monkeypatch.setattr(Lminf, "contender", one_short)
         setting = replace(SETTING, window=200, block_size=128)
         case = Case("decode", Shape(4, 2, 64), 700, decodes=3)
         with pytest.raises(WrongResultError, match="LMINF, n_global 0 is off by 0"):

@@ -110,7 +110,7 @@ def watch_drafts(llm: LLM) -> Iterator[list[Draft]]:
 
 
 def num_freed(num_computed: int) -> int:
-    return PATTERN.freed_blocks(num_computed, BLOCK).stop
+    return sum(map(len, PATTERN.freed_blocks(num_computed, BLOCK)))
 
 
 def assert_boundaries_were_crossed(drafts: list[Draft]) -> None:

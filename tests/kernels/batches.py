@@ -6,7 +6,10 @@ turning it is a product with a unit complex number, and a pair of tokens is an i
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,19 +60,26 @@ def turn(x: torch.Tensor, positions: torch.Tensor, rotary: RotarySpec) -> torch.
     return torch.cat((head, rest), dim=-1)
 
 
+def lambda_distance(pattern: LambdaPattern, i: int, j: int) -> int | None:
+    """At which distance the query at ``i`` scores the key at ``j``; None if it doesn't see it."""
+    if j > i or not (j < pattern.n_global or i - j < pattern.n_local):
+        return None
+    return min(i - j, pattern.distance_limit)
+
+
 def literal_attention(
     query: torch.Tensor,
     query_positions: list[int],
     key: torch.Tensor,
     value: torch.Tensor,
     key_positions: list[int],
-    pattern: LambdaPattern,
+    distance_of: Callable[[int, int], int | None],
     *,
     scale: float,
     rotary: RotarySpec | None = None,
     alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Every visible pair scored at min(i - j, distance_limit), one after the other, in float64.
+    """Every visible pair scored at its distance, one after the other, in float64.
 
     Args:
         query: not rotated; [num_queries, num_heads, head_size].
@@ -77,7 +87,7 @@ def literal_attention(
         key: not rotated; [num_keys, num_kv_heads, head_size].
         value: same shape.
         key_positions: where each key stands; positions that are left out are seen by no query.
-        pattern: the Λ.
+        distance_of: as `lambda_distance` under some pattern.
         scale: factor on every score.
         rotary: RoPE, or None.
         alibi_slopes: ALiBi's slopes [num_heads], or None.
@@ -86,14 +96,13 @@ def literal_attention(
     query = query.to(torch.float64)
     key = key.to(torch.float64).repeat_interleave(group, dim=1)
     value = value.to(torch.float64).repeat_interleave(group, dim=1)
-    G, W, L = pattern.n_global, pattern.n_local, pattern.distance_limit
     output = torch.empty_like(query)
     for row, i in enumerate(query_positions):
         scores, seen = [], []
         for column, j in enumerate(key_positions):
-            if j > i or not (j < G or i - j < W):
+            distance = distance_of(i, j)
+            if distance is None:
                 continue
-            distance = min(i - j, L)
             turned, still = query[row], key[column]
             if rotary is not None:
                 turned = turn(turned[None], torch.tensor([distance]), rotary)[0]
@@ -367,7 +376,7 @@ class Batch:
             [
                 literal_attention(
                     s.query, s.query_positions, s.key, s.value, s.key_positions,
-                    self.pattern, scale=self.scale, rotary=self.rotary,
+                    partial(lambda_distance, self.pattern), scale=self.scale, rotary=self.rotary,
                 )
                 for s in self.stretches
             ]
@@ -441,9 +450,8 @@ def make_batch(case: Case, seed: int = 0) -> Batch:
         queries = list(range(computed, seq_len))
         window = range(max(0, computed - pattern.n_local + 1), seq_len)
         seen = sorted({*range(min(pattern.n_global, seq_len)), *window})
-        freed = pattern.freed_blocks(computed, case.block_size)
         num_entries = cdiv(seq_len, case.block_size)
-        live.append([*range(min(freed.start, num_entries)), *range(freed.stop, num_entries)])
+        live.append([*chain(*pattern.kept_blocks(computed, case.block_size, num_entries))])
         stretches.append(
             _Stretch(
                 queries,

@@ -1,12 +1,16 @@
 """The oracle against the definition it claims to compute, pair by pair in float64."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.batches import literal_attention, make_rotary, turn
+from tests.kernels.batches import lambda_distance, literal_attention, make_rotary, turn
+from tests.policies import WithMiddle
 from vllm_lminf.kernels.oracle import lambda_attention
-from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.pattern import LambdaPattern, Pattern
 from vllm_lminf.rope import RotarySpec
 
 EXACT = 1e-11
@@ -39,12 +43,13 @@ def draw(
 
 
 def assert_is_literal(
-    pattern: LambdaPattern,
+    pattern: Pattern,
     num_keys: int = 30,
     query_start: int = 0,
     heads: tuple[int, int] = (4, 2),
     rotary: RotarySpec | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    distance_of: Callable[[int, int], int | None] | None = None,
 ) -> None:
     query, key, value = draw(num_keys - query_start, num_keys, heads)
     extras = {"scale": 0.3, "rotary": rotary, "alibi_slopes": alibi_slopes}
@@ -55,7 +60,7 @@ def assert_is_literal(
         key,
         value,
         list(range(num_keys)),
-        pattern,
+        distance_of or partial(lambda_distance, pattern),
         **extras,
     )
     assert output.shape == query.shape
@@ -67,6 +72,24 @@ def assert_is_literal(
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_rope(pattern: tuple[int, int, int]) -> None:
     assert_is_literal(LambdaPattern(*pattern), rotary=make_rotary(16))
+
+
+@pytest.mark.parametrize("at", [3, 5, 20])
+@pytest.mark.parametrize("has_rope", [True, False], ids=["rope", "alibi"])
+def test_a_policy_with_keys_of_the_middle_at_one_distance(at: int, has_rope: bool) -> None:
+    """Which the package doesn't have: the oracle follows the intervals of any."""
+    around, middle = LambdaPattern(3, 6, 8), range(9, 14)
+
+    def distance_of(i: int, j: int) -> int | None:
+        return at if j in middle and i - j >= 6 else lambda_distance(around, i, j)
+
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64)
+    assert_is_literal(
+        WithMiddle(around, middle, at),
+        rotary=make_rotary(16) if has_rope else None,
+        alibi_slopes=None if has_rope else slopes,
+        distance_of=distance_of,
+    )
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

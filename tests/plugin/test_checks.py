@@ -30,7 +30,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_lminf.errors import SettingsError, UnsupportedError
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import checks, patches, register
+from vllm_lminf.plugin import checks, patches, register, versions
 from vllm_lminf.plugin.checks import _select, check
 from vllm_lminf.plugin.config import (
     BACKEND_VARIABLE,
@@ -297,7 +297,7 @@ class TestSelected:
 
     def test_trained_length_is_that_of_the_checkpoint(self, build: Build) -> None:
         config = build.selected(hf_overrides={"max_position_embeddings": 4096})
-        assert patches.trained_length(config.model_config) == 4096
+        assert versions.trained_length(config.model_config) == 4096
         assert LambdaConfig.of(config).pattern == LambdaPattern(10, 4096, 4096)
 
     def test_pattern_from_settings(self, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

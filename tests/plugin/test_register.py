@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,9 +33,9 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_lminf import plugin
-from vllm_lminf.plugin import hosts, metrics, patches
+from vllm_lminf.plugin import hosts, metrics, patches, wrapping
 from vllm_lminf.plugin.config import BACKEND_NAME
-from vllm_lminf.plugin.metrics import BLOCKS_PINNED
+from vllm_lminf.plugin.metrics import BLOCKS_PINNED, CARRIER
 
 WRAPPED = [
     (EngineArgs, "create_engine_config"),
@@ -56,8 +57,12 @@ def clean() -> Iterator[None]:
     patches.uninstall()
     yield
     patches.uninstall()
-    hosts.uninstall()
     plugin.register()
+
+
+def described() -> set[str]:
+    """Every function of vLLM that the account of patches lists."""
+    return set(re.findall(r"``(vllm\.[\w.]+)``", patches.__doc__ or ""))
 
 
 def functions() -> list[Any]:
@@ -121,8 +126,45 @@ class TestRegister:
         for _ in range(2):
             CpuPlatform.get_attn_backend_cls(patches.backend_member(), config)
             assert GPUModelRunner.sample_tokens.__wrapped__ is original
+        only_elsewhere = "vllm.v1.attention.backends.registry._AttentionBackendEnumMeta.__getitem__"
+        assert set(wrapping.installed()) == described() - {only_elsewhere}
         patches.uninstall()
         assert GPUModelRunner.sample_tokens is original
+
+    def test_sampling_is_left_alone_where_generators_have_offsets(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a GPU's have; here none has, or the wrapper is no longer needed."""
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        assert not patches._has_offset(torch.Generator("cpu"))
+        original = GPUModelRunner.sample_tokens
+        plugin.register()
+        config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 16)
+        monkeypatch.setattr(patches, "_has_offset", lambda generator: True)
+        CpuPlatform.get_attn_backend_cls(patches.backend_member(), config)
+        assert GPUModelRunner.sample_tokens is original
+
+    @pytest.mark.parametrize(("owner", "name"), WRAPPED, ids=str)
+    def test_a_function_that_is_gone_is_named(
+        self, owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delattr(owner, name)
+        with pytest.raises(RuntimeError, match=re.escape(f"{wrapping.path_of(owner, name)} isn't")):
+            plugin.register()
+
+    @pytest.mark.parametrize("what", ["gone", "of another kind"])
+    def test_a_carrier_of_the_metrics_that_moved_is_named(
+        self, what: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fields = [field for field in dataclasses.fields(SchedulerStats) if field.name != CARRIER]
+        if what == "of another kind":
+            fields += dataclasses.fields(
+                dataclasses.make_dataclass("Other", [(CARRIER, int, dataclasses.field(default=0))])
+            )
+        monkeypatch.setattr(dataclasses, "fields", lambda _: fields)
+        with pytest.raises(RuntimeError, match=rf"SchedulerStats\.{CARRIER} isn't the dict"):
+            plugin.register()
 
     def test_wrappers_look_like_what_they_wrap(self) -> None:
         before = [inspect.signature(getattr(owner, name)) for owner, name in WRAPPED]
@@ -188,7 +230,11 @@ class TestVersions:
         assert AttentionConfig(backend="CPU_ATTN").backend is AttentionBackendEnum.CPU_ATTN
         with pytest.raises(ValueError, match="Unknown attention backend: 'NONE'"):
             AttentionBackendEnum["NONE"]
-        hosts.uninstall()
+        assert wrapping.installed() == [
+            "vllm.v1.attention.backends.registry._AttentionBackendEnumMeta.__getitem__"
+        ]
+        assert set(wrapping.installed()) < described()
+        patches.uninstall()
         assert AttentionBackendEnum[BACKEND_NAME] is patches.backend_member()
 
     def test_unknown_vllm_in_which_names_are_gone(self) -> None:
@@ -479,13 +525,13 @@ class TestHooks:
         assert path == AttentionBackendEnum.CPU_ATTN.get_path()
 
     def test_statistics_carry_names_and_counts_between_processes(self) -> None:
-        """`unload_stats` finds, behind vLLM's own encoding, what `make_stats` put in."""
+        """`unload` finds, behind vLLM's own encoding, what `make_stats` put in."""
         stats = SchedulerStats(num_kv_fetch_reqs_by_stage={"in_progress": 2, BLOCKS_PINNED: 3})
         sent = MsgpackEncoder().encode(EngineCoreOutputs(scheduler_stats=stats))
         received = MsgpackDecoder(EngineCoreOutputs).decode(sent).scheduler_stats
-        assert metrics.unload_stats(received) == {BLOCKS_PINNED: 3}
+        assert metrics.unload(received) == {BLOCKS_PINNED: 3}
         assert received.num_kv_fetch_reqs_by_stage == {"in_progress": 2}
-        assert metrics.unload_stats(received) == {}
+        assert metrics.unload(received) == {}
 
     def test_a_stat_logger_of_the_entry_point_group_overrides_disable_log_stats(self) -> None:
         """Why that group isn't used. Should this fail, it may serve."""

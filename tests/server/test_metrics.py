@@ -66,7 +66,7 @@ def test_every_freed_block_is_counted_once(tiny_server: Server) -> None:
     assert sum(1 for _ in open_stream(tiny_server, 8, prompt, answer)) > 0
     after = tiny_server.wait_until_idle()
     # The last query is at the last but one position: the answer's last token is never computed.
-    behind_last_window = TINY_PATTERN.freed_blocks(prompt + answer - 2, BLOCK_SIZE)
+    (behind_last_window,) = TINY_PATTERN.freed_blocks(prompt + answer - 2, BLOCK_SIZE)
     assert after[FREED] - before[FREED] == len(behind_last_window)
 
 

@@ -55,7 +55,8 @@ def far_rotations(
     """The rotations for queries at ``positions`` (integers [num_tokens]) under this Λ."""
     query_cos, query_sin = tables((positions - pattern.distance_limit).clamp(min=0))
     last = int(positions.max()) if len(positions) else 0
-    key_cos, key_sin = tables.leading(min(pattern.n_global, pattern.window_start(last)))
+    behind, _ = pattern.intervals(last)
+    key_cos, key_sin = tables.leading(behind.stop)
     return FarRotations(query_cos, -query_sin, key_cos, -key_sin, is_neox_style)
 
 

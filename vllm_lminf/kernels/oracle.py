@@ -1,11 +1,11 @@
-"""The oracle: LM-Infinite's attention as its definition reads, on contiguous tensors.
+"""The oracle: attention under a pattern as its definition reads, on contiguous tensors.
 
 It materialises every score, so it is for tests and for reading, in any dtype up to float64.
 """
 
 import torch
 
-from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.pattern import Pattern
 from vllm_lminf.rope import RotarySpec, rotate
 
 
@@ -13,7 +13,7 @@ def lambda_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pattern: LambdaPattern,
+    pattern: Pattern,
     *,
     scale: float,
     rotary: RotarySpec | None = None,
@@ -22,17 +22,18 @@ def lambda_attention(
     sinks: torch.Tensor | None = None,
     query_start: int = 0,
 ) -> torch.Tensor:
-    """Attention under the Λ mask with a limit on distances (arXiv 2308.16137, section 3).
+    """Attention of each query to the intervals that it sees; under a Λ that is LM-Infinite's (arXiv
+    2308.16137, section 3).
 
-    A pair at distance ``d = i - j`` scores ``<R(min(d, limit)) q_i, k_j>``, where ``R(n)`` turns a
-    vector by ``n`` positions. Up to the limit that equals ``<R(i) q_i, R(j) k_j>``, which is how
-    it is computed here.
+    A pair whose distance counts as ``d`` scores ``<R(d) q_i, k_j>``, where ``R(n)`` turns a vector
+    by ``n`` positions. Where ``d`` is the pair's own, ``i - j``, that equals ``<R(i) q_i, R(j)
+    k_j>``, which is how it is computed here.
 
     Args:
         query: not rotated; shape [num_queries, num_heads, head_size].
         key: not rotated; shape [num_keys, num_kv_heads, head_size]; row j is position j.
         value: shape [num_keys, num_kv_heads, head_size].
-        pattern: the Λ.
+        pattern: what a query sees, and at which distances.
         scale: factor on every score.
         rotary: the model's RoPE, or None where it has none.
         alibi_slopes: ALiBi's slope for every head, shape [num_heads], or None.
@@ -49,18 +50,23 @@ def lambda_attention(
     i = torch.arange(query_start, query_start + query.shape[0])
     j = torch.arange(key.shape[0])
     difference = i[:, None] - j
-    visible = (difference >= 0) & ((j < pattern.n_global) | (difference < pattern.n_local))
-    distance = difference.clamp(max=pattern.distance_limit)
+    visible = torch.zeros_like(difference, dtype=torch.bool)
+    distance = difference.clone()
+    for row, position in enumerate(i.tolist()):
+        for each in pattern.intervals(position):
+            keys = slice(each.start, each.stop)
+            visible[row, keys] = True
+            distance[row, keys].clamp_(each.min_distance, each.max_distance)
 
     if rotary is None:
         scores = torch.einsum("ihd,jhd->hij", query, key)
     else:
-        limit = torch.tensor([pattern.distance_limit])
-        near = torch.einsum("ihd,jhd->hij", _turn(query, i, rotary), _turn(key, j, rotary))
-        far = torch.einsum(
-            "ihd,jhd->hij", _turn(query, limit, rotary), _turn(key, torch.tensor([0]), rotary)
-        )
-        scores = torch.where(difference <= pattern.distance_limit, near, far)
+        scores = torch.einsum("ihd,jhd->hij", _turn(query, i, rotary), _turn(key, j, rotary))
+        unturned = _turn(key, torch.tensor([0]), rotary)
+        moved = visible & (distance != difference)
+        for d in distance[moved].unique():
+            there = torch.einsum("ihd,jhd->hij", _turn(query, d[None], rotary), unturned)
+            scores = torch.where(moved & (distance == d), there, scores)
     scores = scores * scale
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()

@@ -73,12 +73,13 @@ class ReferenceKernel(Kernel):
             start, end = query_start_loc[request], query_start_loc[request + 1]
             if start == end:
                 continue
-            window_start = pattern.window_start(seq_len - (end - start))
-            num_global = min(pattern.n_global, pattern.window_start(seq_len - 1))
+            # The first query's window reaches back furthest; the last has most behind its own.
+            _, window = pattern.intervals(seq_len - (end - start))
+            behind, _ = pattern.intervals(seq_len - 1)
             tiles = _RequestTiles(
                 query[start:end],
-                *_gather(cache, batch.block_table[request], window_start, seq_len),
-                *_gather(cache, batch.block_table[request], 0, num_global),
+                *_gather(cache, batch.block_table[request], window.start, seq_len),
+                *_gather(cache, batch.block_table[request], behind.start, behind.stop),
                 seq_len,
                 pattern,
                 self._rules,

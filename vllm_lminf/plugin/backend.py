@@ -53,7 +53,7 @@ from vllm_lminf.kernels.base import (
     ScoreRules,
 )
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import patches, trained_length
+from vllm_lminf.plugin import trained_length, versions
 from vllm_lminf.plugin.config import BACKEND_NAME, LambdaConfig
 from vllm_lminf.plugin.kv_cache import LambdaSpec
 from vllm_lminf.plugin.layer_config import (
@@ -440,7 +440,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             self.rules.alibi_slopes = self.rules.alibi_slopes.to(self.device)
         self.layer_config = self._layer_config(act_dtype)
         self.kernel_class = registry.kernel_class(self._choose(self.layer_config))
-        patches.register_warm_up(self.engine, warm_up)
+        versions.register_warm_up(self.engine, warm_up)
 
     def make_ready(self, rotary: Rotary | None) -> None:
         """Gives the layer its kernel, without which it doesn't run. vLLM counts what is on the

@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from vllm_lminf.errors import SettingsError, UnsupportedError
 from vllm_lminf.kernels import registry
 from vllm_lminf.pattern import MAX_POSITION, LambdaPattern
-from vllm_lminf.plugin import patches, speculation, trained_length
+from vllm_lminf.plugin import patches, speculation, trained_length, versions
 from vllm_lminf.plugin.config import (
     BACKEND_NAME,
     BACKEND_VARIABLE,
@@ -50,7 +50,7 @@ def prepare(args: "EngineArgs") -> patches.Finish | None:
                 BACKEND_NAME,
             )
         return None
-    patches.declare_variables(
+    versions.declare_variables(
         [name for name in os.environ if name.startswith(VARIABLE_PREFIX)]
         + [BACKEND_VARIABLE] * (BACKEND_VARIABLE in os.environ)
     )

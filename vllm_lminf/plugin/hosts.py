@@ -12,12 +12,11 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from vllm_lminf.plugin.config import is_backend_name
+from vllm_lminf.plugin.wrapping import wrap
 
 OLDEST_VLLM = Version("0.32")
 FIRST_UNKNOWN_VLLM = Version("0.34")
 PLATFORMS = ("cpu", "cuda")
-
-_lookups: dict[Any, Callable[..., Any]] = {}
 
 
 def unsupported_environment() -> list[str]:
@@ -63,20 +62,15 @@ def explain_absence(message: str) -> bool:
     names: Any = type(AttentionBackendEnum)
     if names is EnumMeta or "__getitem__" not in vars(names):
         return False
-    original = _lookups.setdefault(names, vars(names)["__getitem__"])
 
-    @functools.wraps(original)
-    def look_up(cls: type, name: str) -> Any:
-        if isinstance(name, str) and cls is AttentionBackendEnum and is_backend_name(name):
-            raise ValueError(message)
-        return original(cls, name)
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def look_up(cls: type, name: str) -> Any:
+            if isinstance(name, str) and cls is AttentionBackendEnum and is_backend_name(name):
+                raise ValueError(message)
+            return original(cls, name)
 
-    names.__getitem__ = look_up
+        return look_up
+
+    wrap(names, "__getitem__", make)
     return True
-
-
-def uninstall() -> None:
-    """Takes off what `explain_absence` put on."""
-    while _lookups:
-        names, original = _lookups.popitem()
-        names.__getitem__ = original

@@ -1,19 +1,18 @@
-"""The KV cache of a layer under the Λ: its spec, its block manager, and what to do where it is too
-small.
+"""A request's blocks under a policy: the spec says what one request may hold at most, the manager
+gives blocks back while the request runs, and `advice` says what to do where memory is too small.
 
-A request holds the pinned blocks, and those that its window still reaches.
-
-A request's block list keeps one entry for every block of the sequence, in order; an entry whose
-block was freed is vLLM's null block. So a long request's list reads, for one pinned block::
+A request's block list has one entry for every block of the sequence, in order. An entry whose block
+was freed is vLLM's null block. Under a Λ with one pinned block a long request's list reads::
 
     [pinned, null, null, ..., null, window, window, ...]
 
-A null entry is never read: the attention kernel looks at no position between the global tokens
-and the window.
+Null entries are never read: a kernel visits the intervals of the pattern alone, and what is freed
+follows from the same intervals (`vllm_lminf.pattern.Pattern`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Self
 
 from vllm.config import VllmConfig
@@ -22,25 +21,23 @@ from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_blo
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
 
-from vllm_lminf.pattern import LambdaPattern, cdiv
+from vllm_lminf.pattern import LambdaPattern, Pattern, cdiv
 from vllm_lminf.plugin.config import BACKEND_NAME, LambdaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class LambdaSpec(SlidingWindowSpec):
-    """Blocks behind the window are freed, all but those that hold a global token.
+    """The KV cache of layers under one pattern.
 
     A subclass of `SlidingWindowSpec` because vLLM takes the admission cap from that class and its
-    subclasses only. ``sliding_window`` is the Λ's n_local.
+    subclasses only.
 
     Attributes:
-        n_global: leading tokens whose blocks stay as long as the request.
-        distance_limit: part of what the layer computes; the allocator doesn't use it.
+        pattern: what a request keeps. ``sliding_window`` repeats its n_local for vLLM.
         num_lookahead_tokens: slots that a draft model fills beyond the tokens in flight.
     """
 
-    n_global: int
-    distance_limit: int
+    pattern: Pattern
     num_lookahead_tokens: int = 0
 
     @classmethod
@@ -56,14 +53,9 @@ class LambdaSpec(SlidingWindowSpec):
             max_tp_shards=spec.max_tp_shards,
             page_size_padded=spec.page_size_padded,
             sliding_window=pattern.n_local,
-            n_global=pattern.n_global,
-            distance_limit=pattern.distance_limit,
+            pattern=pattern,
             num_lookahead_tokens=num_lookahead_tokens,
         )
-
-    @property
-    def pattern(self) -> LambdaPattern:
-        return LambdaPattern(self.n_global, self.sliding_window, self.distance_limit)
 
     @property
     def num_retained_tokens(self) -> int:
@@ -75,6 +67,8 @@ class LambdaSpec(SlidingWindowSpec):
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
+        """The most blocks that one request ever holds. vLLM sizes the pool by it, and admits a
+        request when that many are free or will be."""
         return self.pattern.max_blocks_held(
             self.block_size,
             max_in_flight_tokens + self.num_lookahead_tokens,
@@ -90,7 +84,13 @@ class LambdaSpec(SlidingWindowSpec):
 
 
 class LambdaManager(SingleTypeKVCacheManager):
-    """Frees blocks that leave the window while the request runs; keeps the global prefix pinned."""
+    """The blocks of all requests in the groups of layers that share one pattern.
+
+    At each step vLLM first has `remove_skipped_blocks` free what no later query sees, then asks
+    `get_num_blocks_to_allocate` what the step takes. A new request's prompt is looked up in the
+    prefix cache before (`find_longest_cache_hit`), and what was found is taken over
+    (`add_local_computed_blocks`).
+    """
 
     kv_cache_spec: LambdaSpec
 
@@ -101,9 +101,13 @@ class LambdaManager(SingleTypeKVCacheManager):
         self._num_freed_blocks = 0
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
-        """Tokens behind the window of the next query, global ones included."""
-        behind = self.pattern.window_start(num_computed_tokens)
-        return max(0, behind - self.kv_cache_spec.extra_retained_tokens)
+        """Tokens before the last interval that is kept, pinned ones included. vLLM asks for it
+        where blocks come from a KV connector, which isn't served, and in methods that are
+        overridden here."""
+        kept = self.pattern.kept(
+            max(0, num_computed_tokens - self.kv_cache_spec.extra_retained_tokens)
+        )
+        return kept[-1].start
 
     def remove_skipped_blocks(
         self,
@@ -111,15 +115,19 @@ class LambdaManager(SingleTypeKVCacheManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Frees what left the window, pinned blocks excepted; freed entries become null blocks."""
-        freed = self._freed_blocks(processed_computed_tokens)
-        free_before = self.block_pool.get_num_free_blocks()
-        self._remove_blocks_in_range(request_id, freed.start, freed.stop)
-        self._num_freed_blocks += self.block_pool.get_num_free_blocks() - free_before
+        """Frees what no later query sees; the entries become null blocks."""
+        freed = self.pattern.freed_blocks(
+            processed_computed_tokens, self.block_size, self.kv_cache_spec.extra_retained_tokens
+        )
+        if freed:
+            free_before = self.block_pool.get_num_free_blocks()
+            for gap in freed:
+                self._remove_blocks_in_range(request_id, gap.start, gap.stop)
+            self._num_freed_blocks += self.block_pool.get_num_free_blocks() - free_before
 
     def take_num_freed_blocks(self) -> int:
-        """Blocks that went back to the pool because a window moved past them, since the last
-        call; a block that another request still holds did not."""
+        """Blocks that `remove_skipped_blocks` gave back to the pool since the last call; one that
+        another request still holds is not among them."""
         taken, self._num_freed_blocks = self._num_freed_blocks, 0
         return taken
 
@@ -159,7 +167,7 @@ class LambdaManager(SingleTypeKVCacheManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """Takes over the blocks of a prefix-cache hit, those that no query will see left out."""
+        """Takes over the blocks of a prefix-cache hit; null blocks for what no query will see."""
         req_blocks = self.req_to_blocks[request_id]
         total = num_local_computed_tokens + num_external_computed_tokens
         kept = self._keep_live(new_computed_blocks, total)
@@ -187,7 +195,7 @@ class LambdaManager(SingleTypeKVCacheManager):
         """The longest prefix that the cache can stand in for.
 
         A block's hash covers everything before it, so a hit of ``h`` tokens needs no more than the
-        pinned blocks and the blocks that hold the window before ``h``; entries between are null.
+        blocks that are kept once ``h`` tokens are computed; entries between are null.
 
         Example: block size 4, n_global 2, n_local 6. A hit of 16 tokens needs block 0, and for
         the next query at 16, whose window starts at 11, blocks 2 and 3:
@@ -203,7 +211,6 @@ class LambdaManager(SingleTypeKVCacheManager):
             supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
             alignment_tokens=alignment_tokens,
         )
-        null_entry = [block_pool.null_block] * len(kv_cache_group_ids)
         found: dict[int, list[KVCacheBlock]] = {}
 
         def is_cached(block: int) -> bool:
@@ -212,52 +219,45 @@ class LambdaManager(SingleTypeKVCacheManager):
                 found[block] = cached or []
             return bool(found[block])
 
-        num_pinned = pattern.num_pinned_blocks(block_size)
-        num_leading = 0
-        max_blocks = min(max_length // block_size, len(hashes))
-        while num_leading < min(num_pinned, max_blocks) and is_cached(num_leading):
-            num_leading += 1
-        if num_leading < num_pinned:
-            max_blocks = num_leading
-
-        num_hit = max_blocks
-        while num_hit > 0:
+        num_found = min(max_length // block_size, len(hashes))
+        while num_found > 0:
             # With EAGLE the hit's last block is computed again, so the hit is one block shorter
             # than what was found.
-            hit_tokens = (num_hit - 1 if drop_eagle_block else num_hit) * block_size
-            if hit_tokens % alignment_tokens:
-                num_hit -= 1
+            num_hit = num_found - 1 if drop_eagle_block else num_found
+            if num_hit * block_size % alignment_tokens:
+                num_found -= 1
                 continue
-            freed = pattern.freed_blocks(
-                hit_tokens, block_size, kv_cache_spec.extra_retained_tokens
+            kept = pattern.kept_blocks(
+                num_hit * block_size, block_size, num_found, kv_cache_spec.extra_retained_tokens
             )
-            missing = next(
-                (b for b in range(num_hit - 1, freed.stop - 1, -1) if not is_cached(b)), None
-            )
+            missing = next((b for b in chain(*kept) if not is_cached(b)), None)
             if missing is None:
                 break
-            # Every longer hit whose window holds the missing block fails too.
-            num_hit = missing
+            # A hit that is shorter, and yet reaches over the missing block, keeps it too.
+            num_found = missing
         else:
             return tuple([] for _ in kv_cache_group_ids), 0
 
-        num_kept = hit_tokens // block_size
-        entries = [null_entry if b in freed else found[b] for b in range(num_kept)]
-        return tuple([entry[g] for entry in entries] for g in range(len(null_entry))), hit_tokens
-
-    def _freed_blocks(self, num_computed_tokens: int) -> range:
-        return self.pattern.freed_blocks(
-            num_computed_tokens, self.block_size, self.kv_cache_spec.extra_retained_tokens
-        )
+        hit = tuple([block_pool.null_block] * num_hit for _ in kv_cache_group_ids)
+        for block in chain(*kept):
+            if block < num_hit:
+                for entries, cached in zip(hit, found[block], strict=True):
+                    entries[block] = cached
+        return hit, num_hit * block_size
 
     def _keep_live(
         self, computed_blocks: Sequence[KVCacheBlock], num_computed_tokens: int
     ) -> list[KVCacheBlock]:
         """The leading entries of a block list, with null for what is freed at this length."""
-        freed = self._freed_blocks(num_computed_tokens)
-        return [
-            self._null_block if b in freed else block for b, block in enumerate(computed_blocks)
-        ]
+        live = [self._null_block] * len(computed_blocks)
+        for kept in self.pattern.kept_blocks(
+            num_computed_tokens,
+            self.block_size,
+            len(computed_blocks),
+            self.kv_cache_spec.extra_retained_tokens,
+        ):
+            live[kept.start : kept.stop] = computed_blocks[kept.start : kept.stop]
+        return live
 
 
 Specs = dict[str, KVCacheSpec]
@@ -301,8 +301,9 @@ def _largest_n_local(
             needed = 0
             for spec in layers.values():
                 cut = spec
-                if isinstance(spec, LambdaSpec) and spec.pattern.n_local == n_local:
-                    pattern = replace(spec.pattern, n_local=window)
+                own = spec.pattern if isinstance(spec, LambdaSpec) else None
+                if isinstance(own, LambdaPattern) and own.n_local == n_local:
+                    pattern = replace(own, n_local=window)
                     cut = LambdaSpec.of(spec, pattern, spec.num_lookahead_tokens)
                 needed += cut.max_memory_usage_bytes(config) + cut.page_size_bytes
             if needed > memory:

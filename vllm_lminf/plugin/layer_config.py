@@ -6,7 +6,7 @@ import torch
 
 from vllm_lminf.kernels.base import FlashAttentionProvider, Heads, LayerConfig, ScoreRules
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import patches
+from vllm_lminf.plugin import versions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,7 +35,9 @@ def cache_dtype_of(word: str, model_dtype: torch.dtype) -> torch.dtype | None:
 
 def flash_attention() -> FlashAttentionProvider:
     """vLLM's own."""
-    return FlashAttentionProvider(patches.reasons_against_flash_attention, patches.flash_attention)
+    return FlashAttentionProvider(
+        versions.reasons_against_flash_attention, versions.flash_attention
+    )
 
 
 def layer_config_of(config: "VllmConfig", pattern: LambdaPattern) -> LayerConfig:

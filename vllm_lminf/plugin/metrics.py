@@ -1,29 +1,102 @@
 """What operators ask of a running server: blocks pinned, blocks given back, tokens out of sight.
 
-The numbers are read in the engine's process, travel with vLLM's own statistics of a step (`compat`
-says how), and are shown by the process that answers ``/metrics``, beside vLLM's own.
+The numbers are read in the engine's process, travel with vLLM's own statistics of a step, and are
+shown by the process that answers ``/metrics``, beside vLLM's own. `install` wraps what that takes:
+
+- `Scheduler.make_stats`. A step's statistics are the one thing that travels from the engine's
+  process to the API server's at every step, whatever the number of either. They have no place for
+  a plugin's numbers, and the scheduler's class is the user's to choose. So they travel in a field
+  that maps names to counts, `CARRIER`, under names that no reader of vLLM knows; the logger takes
+  them out before vLLM's own see them.
+- `StatLoggerManager.__init__`. A class in the entry point group vllm.stat_logger_plugins is loaded
+  into every server of the environment, LMINF selected or not, and turns the statistics on that
+  --disable-log-stats turned off; offline engines never load it.
 """
 
+import dataclasses
+import functools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
-from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 from vllm.v1.request import Request
 
-from vllm_lminf.plugin.config import LambdaConfig
+from vllm_lminf.pattern import num_seen
+from vllm_lminf.plugin.config import BACKEND_NAME, LambdaConfig
 from vllm_lminf.plugin.kv_cache import LambdaManager
+from vllm_lminf.plugin.wrapping import path_of, wrap
 
 BLOCKS_PINNED = "lminf_kv_blocks_pinned"
 BLOCKS_FREED = "lminf_kv_blocks_freed"
 TOKENS_OUTSIDE = "lminf_tokens_outside_window"
 NAMES = (BLOCKS_PINNED, BLOCKS_FREED, TOKENS_OUTSIDE)
 
+CARRIER = "num_kv_fetch_reqs_by_stage"
+"""The field of `SchedulerStats` that the numbers travel in."""
 
 INTERVAL_S = 0.1
 """Least time between two readings of an engine that is busy."""
+
+
+def install() -> None:
+    """Has the numbers read, carried and shown in every engine that selects LMINF.
+
+    Raises:
+        RuntimeError: what carries them isn't there in this vLLM.
+    """
+    _check_carrier()
+    wrap(Scheduler, "make_stats", _load)
+    wrap(StatLoggerManager, "__init__", _add_logger)
+
+
+def _check_carrier() -> None:
+    carriers = [field for field in dataclasses.fields(SchedulerStats) if field.name == CARRIER]
+    if not carriers or carriers[0].default_factory is not dict:
+        raise RuntimeError(
+            f"{path_of(SchedulerStats, CARRIER)} isn't the dict of names and counts that LMINF's "
+            "metrics travel in: install a vLLM that this version of vllm-lminf knows"
+        )
+
+
+def _load(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Scheduler.make_stats`, with our numbers in what it returns."""
+    meters: WeakKeyDictionary[Scheduler, Meter] = WeakKeyDictionary()
+
+    @functools.wraps(original)
+    def make_stats(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+        stats = original(self, *args, **kwargs)
+        if stats is not None:
+            if self not in meters:
+                meters[self] = Meter(self.kv_cache_manager.coordinator.single_type_managers)
+            getattr(stats, CARRIER).update(meters[self].read(self.requests))
+        return stats
+
+    return make_stats
+
+
+def unload(stats: SchedulerStats) -> dict[str, int]:
+    """Takes the numbers out of a step's statistics; empty where they carry none."""
+    carrier = getattr(stats, CARRIER)
+    return {name: carrier.pop(name) for name in NAMES if name in carrier}
+
+
+def _add_logger(original: Callable[..., None]) -> Callable[..., None]:
+    """`StatLoggerManager.__init__`, with our logger before vLLM's where LMINF is selected."""
+
+    @functools.wraps(original)
+    def init(self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        if vllm_config.attention_config.backend is AttentionBackendEnum[BACKEND_NAME]:
+            self.stat_loggers.insert(0, LambdaStatLogger(vllm_config, self.engine_indexes))
+
+    return init
 
 
 class Meter:
@@ -39,12 +112,9 @@ class Meter:
             managers: those of all the engine's KV cache groups; others than the Λ's are left out.
         """
         self._managers = [m for m in managers if isinstance(m, LambdaManager)]
-        patterns = [m.pattern for m in self._managers]
         # Layers with a window of their own have a Λ of their own; a token is out of sight once
         # none of them sees it.
-        n_global = max((p.n_global for p in patterns), default=0)
-        n_local = max((p.n_local for p in patterns), default=0)
-        self._num_seen = n_global + n_local - 1
+        self._patterns = {m.pattern for m in self._managers}
         self._last_reading = -INTERVAL_S
 
     def read(self, requests: Mapping[str, Request]) -> dict[str, int]:
@@ -77,15 +147,9 @@ class Meter:
         for request_id in self._managers[0].req_to_blocks:  # every group has the same requests
             request = requests.get(request_id)
             if request is not None:
-                outside += max(0, request.num_computed_tokens - self._num_seen)
+                computed = request.num_computed_tokens
+                outside += computed - num_seen(self._patterns, computed)
         return {BLOCKS_PINNED: pinned, BLOCKS_FREED: freed, TOKENS_OUTSIDE: outside}
-
-
-def unload_stats(stats: SchedulerStats) -> dict[str, int]:
-    """Takes the numbers out of a step's statistics; empty where they carry none. How they came
-    there, see `vllm_lminf.plugin.patches`."""
-    carrier = stats.num_kv_fetch_reqs_by_stage
-    return {name: carrier.pop(name) for name in NAMES if name in carrier}
 
 
 class LambdaStatLogger(AggregateStatLoggerBase):
@@ -145,7 +209,7 @@ class LambdaStatLogger(AggregateStatLoggerBase):
         mm_cache_stats: MultiModalCacheStats | None = None,
         engine_idx: int = 0,
     ) -> None:
-        if scheduler_stats and (numbers := unload_stats(scheduler_stats)):
+        if scheduler_stats and (numbers := unload(scheduler_stats)):
             self._pinned[engine_idx].set(numbers[BLOCKS_PINNED])
             self._freed[engine_idx].inc(numbers[BLOCKS_FREED])
             self._outside[engine_idx].set(numbers[TOKENS_OUTSIDE])

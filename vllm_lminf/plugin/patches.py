@@ -1,34 +1,65 @@
-"""Every difference between vLLM versions, and every place where vLLM offers no registry.
+"""What is changed in vLLM while LMINF is installed, all of it, and what would make it needless.
 
-Registries are used where they exist. Six functions of vLLM are wrapped, because nothing else
-serves; each wrapper below says why, is installed once however often it is asked for, does nothing
-unless LMINF is selected, and is taken off again by `uninstall`.
+Registries are used where they exist. What has none is wrapped, once however often it is asked
+for; a wrapper does nothing unless LMINF is selected, and `uninstall` takes it off. "To file" is a
+sentence for vLLM's issue tracker; where something is there already, it is named.
+
+Wrapped functions:
+
+- ``vllm.engine.arg_utils.EngineArgs.create_engine_config``: no hook sees the engine's arguments
+  before its configuration is built, or may refuse them in the user's own process. While it runs,
+  VLLM_ALLOW_LONG_MAX_MODEL_LEN is set, which vLLM may have remembered (`vllm.envs`' cache), and
+  `create_speculative_config` of this one object lengthens the drafter.
+  To file: let general plugins register a function that is given EngineArgs before, and VllmConfig
+  after, the configuration is built; and ask the attention backend how long a sequence may be.
+- ``vllm.platforms.cpu.CpuPlatform.get_attn_backend_cls``: is given the selected backend and ignores
+  it. To file: let CpuPlatform honour a registered backend, as CUDA's platform does since
+  vllm-project/vllm#24794, "[Attention] Refactor CUDA attention backend selection logic".
+- ``vllm.v1.engine.core.get_kv_cache_configs``: its advice, a smaller max_model_len, doesn't matter
+  here. To file: ask the KV cache specs for the advice that goes with "memory is too small".
+- ``vllm.v1.worker.gpu_model_runner.GPUModelRunner.sample_tokens``, on CPUs: sets a CPU's generator
+  back by an offset, which it doesn't have, and dies. To file: a seeded request whose prompt takes
+  more than one step ends the engine on CPUs ("CPU Generator does not use offset"); keep the
+  generators of discarded rows out of sampling instead of rewinding them, which
+  vllm-project/vllm#10097 began and #43028 had to mend for XPUs.
+- ``vllm.v1.core.sched.scheduler.Scheduler.make_stats`` and
+  ``vllm.v1.metrics.loggers.StatLoggerManager.__init__``: in `vllm_lminf.plugin.metrics`, which says
+  why. Open: vllm-project/vllm#45864, "Add extensible engine core outputs for OOT backends".
+- ``vllm.v1.attention.backends.registry._AttentionBackendEnumMeta.__getitem__``: in
+  `vllm_lminf.plugin.hosts`, and only in a vLLM that can't host the plugin, where none of the others
+  is wrapped. To file: let a plugin register why a backend isn't available.
+
+Changed otherwise:
+
+- `copyreg` is told how a backend's name is pickled, see `_reduce_backend`. To file: load plugins
+  before a new process unpickles its VllmConfig.
+- `torch` tells `vllm_lminf.plugin.loaded_model` which module is put into which, while a model is
+  built. It is torch's public hook. To file: hand the model to process_weights_after_loading.
+- What is read from private places, and how vLLM learns names of variables: see
+  `vllm_lminf.plugin.versions`.
 """
 
-import copy
 import copyreg
 import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import huggingface_hub
 import torch
 import vllm.envs
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
-from vllm_lminf.plugin import speculation
+from vllm_lminf.plugin import speculation, wrapping
 from vllm_lminf.plugin.config import BACKEND_NAME
+from vllm_lminf.plugin.wrapping import wrap
 
 _BACKEND_PATH = "vllm_lminf.plugin.backend.LambdaAttentionBackend"
 
 Finish = Callable[[VllmConfig], None]
-_originals: dict[tuple[Any, str], Any] = {}
 
 
 def install(prepare: Callable[[EngineArgs], Finish | None]) -> None:
@@ -38,22 +69,24 @@ def install(prepare: Callable[[EngineArgs], Finish | None]) -> None:
         prepare: called with the engine's arguments before a configuration is built from them.
             Returns None when LMINF isn't selected, and otherwise what to call with the finished
             configuration.
+
+    Raises:
+        RuntimeError: something that is wrapped, or carries numbers, isn't there in this vLLM.
     """
+    from vllm_lminf.plugin import metrics
+
     backend_member()
     copyreg.pickle(AttentionBackendEnum, _reduce_backend)
     _register_kv_cache()
     _wrap_engine_args(prepare)
     _wrap_cpu_platform()
-    _wrap_scheduler()
-    _wrap_stat_loggers()
     _wrap_pool_planning()
+    metrics.install()
 
 
 def uninstall() -> None:
     """Takes the wrappers off. Names in vLLM's registries stay: it has no way to remove them."""
-    while _originals:
-        (owner, name), original = _originals.popitem()
-        setattr(owner, name, original)
+    wrapping.remove_all()
     _cached_get_attn_backend.cache_clear()  # it remembers what a wrapper told it
     copyreg.dispatch_table.pop(AttentionBackendEnum, None)
 
@@ -88,10 +121,8 @@ def _register_kv_cache() -> None:
 
 
 def _wrap_engine_args(prepare: Callable[[EngineArgs], Finish | None]) -> None:
-    """`EngineArgs.create_engine_config`: no hook of vLLM sees the engine's arguments before its
-    configuration is built. It is needed there to honour VLLM_ATTENTION_BACKEND, to admit a
-    max_model_len beyond the trained length, and to refuse what can't be honoured in the user's own
-    process, before anything is loaded."""
+    """Honours VLLM_ATTENTION_BACKEND, admits a max_model_len beyond the trained length, and refuses
+    what can't be honoured in the user's own process, before anything is loaded."""
 
     def make(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
         @functools.wraps(original)
@@ -106,11 +137,11 @@ def _wrap_engine_args(prepare: Callable[[EngineArgs], Finish | None]) -> None:
 
         return create_engine_config
 
-    _wrap(EngineArgs, "create_engine_config", make)
+    wrap(EngineArgs, "create_engine_config", make)
 
 
 def _wrap_cpu_platform() -> None:
-    """`CpuPlatform.get_attn_backend_cls`: it is given the selected backend and ignores it."""
+    """Has the CPU's platform return the backend that was selected, if it is ours."""
     from vllm.platforms.cpu import CpuPlatform
 
     def make(original: Any) -> Any:
@@ -141,64 +172,12 @@ def _wrap_cpu_platform() -> None:
 
         return classmethod(get_attn_backend_cls)
 
-    _wrap(CpuPlatform, "get_attn_backend_cls", make)
-
-
-def _wrap_scheduler() -> None:
-    """`Scheduler.make_stats`: the statistics of a step are the one thing that travels from the
-    engine's process to the API server's at every step, whatever the number of either; they have
-    no place for a plugin's numbers, and the scheduler's class is the user's to choose.
-
-    The numbers travel in a field that maps names to counts, under names that no reader of vLLM
-    knows; `metrics.unload_stats` takes them out before vLLM's own loggers see them.
-    """
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    from vllm_lminf.plugin.metrics import Meter
-
-    meters: WeakKeyDictionary[Scheduler, Meter] = WeakKeyDictionary()
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def make_stats(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
-            stats = original(self, *args, **kwargs)
-            if stats is not None:
-                if self not in meters:
-                    managers = self.kv_cache_manager.coordinator.single_type_managers
-                    meters[self] = Meter(managers)
-                stats.num_kv_fetch_reqs_by_stage.update(meters[self].read(self.requests))
-            return stats
-
-        return make_stats
-
-    _wrap(Scheduler, "make_stats", make)
-
-
-def _wrap_stat_loggers() -> None:
-    """`StatLoggerManager.__init__`: a class in the entry point group vllm.stat_logger_plugins is
-    loaded into every server of the environment, LMINF selected or not, and turns the statistics
-    on that --disable-log-stats turned off; offline engines never load it."""
-    from vllm.v1.metrics.loggers import StatLoggerManager
-
-    from vllm_lminf.plugin.metrics import LambdaStatLogger
-
-    def make(original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
-        def init(
-            self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any
-        ) -> None:
-            original(self, vllm_config, *args, **kwargs)
-            if vllm_config.attention_config.backend is backend_member():
-                self.stat_loggers.insert(0, LambdaStatLogger(vllm_config, self.engine_indexes))
-
-        return init
-
-    _wrap(StatLoggerManager, "__init__", make)
+    wrap(CpuPlatform, "get_attn_backend_cls", make)
 
 
 def _wrap_pool_planning() -> None:
-    """`get_kv_cache_configs`, as the engine's process calls it: where the memory is too small for
-    one request, it advises a smaller max_model_len, which doesn't matter here."""
+    """Adds, where the memory is too small for one request, what would help under a Λ. It is wrapped
+    where the engine's process calls it."""
     from vllm.v1.engine import core
 
     from vllm_lminf.plugin.kv_cache import advice
@@ -224,25 +203,24 @@ def _wrap_pool_planning() -> None:
 
         return get_kv_cache_configs
 
-    _wrap(core, "get_kv_cache_configs", make)
+    wrap(core, "get_kv_cache_configs", make)
 
 
 def _wrap_cpu_sampling() -> None:
-    """`GPUModelRunner.sample_tokens`, on CPUs: of a prompt that isn't whole yet, every chunk draws
-    a token, which is thrown away; the generator of a seeded request is then set back by an offset,
-    which a CPU's generator doesn't have, and the engine dies of it.
+    """Keeps the generator of a seeded request out of draws that don't count.
 
-    Such a request is given no generator for the step instead: what is thrown away comes from the
-    common one, as it does for requests without a seed, and the request's own draws only what
-    counts. A vLLM that sets no offset needs none of this, and nothing is wrapped in it.
+    Of a prompt that isn't whole yet, every chunk draws a token, which is thrown away. vLLM then
+    sets the request's generator back by an offset, which a CPU's generator doesn't have. Here such
+    a request is given no generator for the step: what is thrown away comes from the common one, as
+    it does for requests without a seed. That is right however vLLM sets generators back, so it
+    isn't asked whether it does; only a torch whose CPU generators have offsets needs none of this.
 
     Called where a CPU worker asks for LMINF's backend: other processes never load the runner.
     """
+    if _has_offset(torch.Generator("cpu")):
+        return
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    if "set_offset" not in GPUModelRunner._bookkeeping_sync.__code__.co_names:
-        return
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -261,14 +239,15 @@ def _wrap_cpu_sampling() -> None:
 
         return sample_tokens
 
-    _wrap(GPUModelRunner, "sample_tokens", make)
+    wrap(GPUModelRunner, "sample_tokens", make)
 
 
-def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    if (owner, name) not in _originals:
-        original = owner.__dict__[name]
-        _originals[owner, name] = original
-        setattr(owner, name, make(original))
+def _has_offset(generator: torch.Generator) -> bool:
+    try:
+        generator.get_offset()
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -306,150 +285,3 @@ def _long_drafts(arguments: EngineArgs) -> Iterator[None]:
         yield
     finally:
         del arguments.create_speculative_config
-
-
-def declare_variables(names: list[str]) -> None:
-    """Makes environment variables known to vLLM, which warns of any other that starts as its own
-    do, and refuses to start over them where it is asked to be strict."""
-    for name in names:
-        vllm.envs.environment_variables.setdefault(name, lambda name=name: os.environ.get(name))
-
-
-def leave_adapters_out(model: torch.nn.Module, num_tokens: int) -> None:
-    """Tells a model's LoRA layers, if it has any, that the tokens of its next run use no adapter.
-
-    vLLM's runners do so before every run; a model that is run without them must not find what was
-    left by none.
-    """
-    manager = getattr(model, "lora_manager", None)
-    if manager is not None:
-        from vllm.lora.layers import LoRAMapping
-
-        none = (0,) * num_tokens
-        manager.set_adapter_mapping(LoRAMapping(none, none, is_prefill=True))
-
-
-def register_warm_up(engine: VllmConfig, warm_up: Callable[[VllmConfig], None]) -> None:
-    """Has vLLM call ``warm_up(engine)`` once caches are there, before it captures graphs and says
-    that it is ready. Called while a model is being loaded; once for an engine, however often.
-
-    It is vLLM's registry of what compiles at run time, which wants for each kernel the keys that it
-    is compiled by. Ours are known to the kernels; to vLLM an engine is one key. With
-    --enforce-eager vLLM warms up nothing.
-    """
-    from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
-
-    class WarmUp(VllmJitKernel[int]):
-        def __hash__(self) -> int:
-            return hash((WarmUp.__qualname__, id(engine)))
-
-        def __eq__(self, other: object) -> bool:
-            return hash(self) == hash(other)
-
-        def get_warmup_keys(self) -> list[int]:
-            return [0]
-
-        def compile(self, compile_key: int) -> None:
-            warm_up(engine)
-
-    WarmUp().register_warmup()
-
-
-def reasons_against_flash_attention() -> list[str]:
-    """Why the FlashAttention that vLLM ships can't be had here; empty where it can."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cuda():
-        return ["vLLM ships it for NVIDIA's devices alone"]
-    try:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func  # noqa: F401
-    except ImportError as error:
-        return [f"it isn't part of this vLLM ({error})"]
-    return []
-
-
-def flash_attention(head_size: int) -> Callable[..., Any]:
-    """FlashAttention as vLLM ships it, in the version that vLLM takes for such heads here."""
-    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    version = get_flash_attn_version(head_size=head_size)
-    return functools.partial(flash_attn_varlen_func, fa_version=version)
-
-
-def trained_length(model_config: ModelConfig) -> int | None:
-    """Tokens of context that the checkpoint was trained for, as this configuration has it; None if
-    it is silent. `vllm_lminf.plugin.trained_length` looks behind it.
-
-    It is the max_model_len that vLLM derives where the user gives none, without looking at the
-    tokenizer, whose limit is no property of the weights. Dynamic NTK is the exception: it changes
-    the rotation past the trained length, which vLLM counts in and LMINF never does.
-    """
-    return trained_lengths(model_config)[0]
-
-
-def trained_lengths(model_config: ModelConfig) -> tuple[int | None, int | None]:
-    """The same, and the longest that the rotation was made for, which differs for LongRoPE alone:
-    its long factors serve beyond the original length."""
-    from vllm.config.model import _get_and_verify_max_len
-    from vllm.transformers_utils.config import iter_rope_parameters
-
-    length, _ = model_config.model_arch_config.derived_max_model_len_and_key
-    if length == float("inf"):
-        return None, None
-    rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "dynamic":
-        trained = int(rope.get("max_trained_positions", length))
-        return trained, trained
-    derived = _get_and_verify_max_len(
-        hf_config=model_config.hf_text_config,
-        model_arch_config=model_config.model_arch_config,
-        tokenizer_config=None,
-        max_model_len=None,
-        disable_sliding_window=False,
-        sliding_window=None,
-    )
-    kinds = {each["rope_type"] for each in iter_rope_parameters(model_config.hf_text_config)}
-    return derived, max(derived, int(length)) if "longrope" in kinds else derived
-
-
-def as_the_checkpoint_says(model_config: ModelConfig) -> ModelConfig:
-    """The same model, its configuration read again, without what options change of it. Good for
-    questions about lengths, windows and rotation."""
-    from vllm.transformers_utils.config import get_config, get_hf_text_config
-
-    own = copy.copy(model_config)
-    own.hf_config = get_config(
-        model_config.hf_config_path or model_config.model,
-        model_config.trust_remote_code,
-        model_config._hf_config_revision or model_config.revision,
-        model_config.code_revision,
-        model_config.config_format,
-        token=model_config.hf_token,
-    )
-    own.hf_text_config = get_hf_text_config(own.hf_config)
-    own.model_arch_config = own.get_model_arch_config()
-    return own
-
-
-def raw_config(model_config: ModelConfig) -> dict[str, Any] | None:
-    """What stands in the checkpoint's config.json; None where it has none."""
-    from transformers import PretrainedConfig
-
-    try:
-        said, _ = PretrainedConfig.get_config_dict(
-            model_config.hf_config_path or model_config.model,
-            revision=model_config._hf_config_revision or model_config.revision,
-            token=model_config.hf_token,
-            local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE,
-        )
-    except OSError:
-        return None
-    return dict(said)
-
-
-def rotation(model_config: ModelConfig) -> list[dict[str, Any]]:
-    """The parameters of the model's RoPE, for comparison."""
-    from vllm.transformers_utils.config import iter_rope_parameters
-
-    return list(iter_rope_parameters(model_config.hf_text_config))

@@ -6,7 +6,7 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import patches, speculation
+from vllm_lminf.plugin import speculation, versions
 from vllm_lminf.plugin.config import LambdaConfig
 
 
@@ -15,7 +15,7 @@ def model_pattern(config: VllmConfig) -> LambdaPattern:
     pattern, model = LambdaConfig.of(config).pattern, config.model_config
     if not speculation.is_draft(model):
         return pattern
-    return speculation.draft_pattern(pattern, patches.trained_length(model))
+    return speculation.draft_pattern(pattern, versions.trained_length(model))
 
 
 def layer_pattern(pattern: LambdaPattern, own_window: int | None) -> LambdaPattern:

@@ -23,7 +23,7 @@ from vllm.forward_context import set_forward_context
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.kernels.base import ScoreRules
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import patches, speculation, trained_length
+from vllm_lminf.plugin import speculation, trained_length, versions
 from vllm_lminf.plugin.config import LambdaConfig
 from vllm_lminf.plugin.rotary import Rotary
 from vllm_lminf.rope import rotate
@@ -272,7 +272,7 @@ class _Runs:
             for name, impl in self._layers.items():
                 impl.watch = watch(name)
                 stack.callback(impl.__setattr__, "watch", None)
-            patches.leave_adapters_out(self._model, NUM_TOKENS)
+            versions.leave_adapters_out(self._model, NUM_TOKENS)
             stack.enter_context(set_current_vllm_config(self._engine))
             stack.enter_context(
                 set_forward_context(None, self._engine, num_tokens=NUM_TOKENS, skip_compiled=True)

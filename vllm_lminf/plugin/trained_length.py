@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import patches
+from vllm_lminf.plugin import versions
 from vllm_lminf.plugin.config import Trained
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ def of(model: "ModelConfig") -> Trained:
     """What an engine's model was trained on."""
     overridden = bool(model.hf_overrides)
     changed = overridden or model.disable_sliding_window
-    own = patches.as_the_checkpoint_says(model) if changed else model
-    length, longest = patches.trained_lengths(model)
-    own_length, own_longest = patches.trained_lengths(own)
+    own = versions.as_the_checkpoint_says(model) if changed else model
+    length, longest = versions.trained_lengths(model)
+    own_length, own_longest = versions.trained_lengths(own)
     is_default = _is_default(own)
     remarks = []
-    if overridden and patches.rotation(model) != patches.rotation(own):
+    if overridden and versions.rotation(model) != versions.rotation(own):
         if length != own_length:
             remarks.append(
                 f"--hf-overrides changes the rotation: {length} tokens are taken for the trained "
@@ -89,7 +89,7 @@ def distances_beyond(trained: Trained, pattern: LambdaPattern) -> Iterator[str]:
 def _is_default(own: "ModelConfig") -> bool:
     """Whether the length in a configuration is a default of its class, and no word of the
     checkpoint's. Classes read it under names of their own, so any number of that size counts."""
-    said = patches.raw_config(own)
+    said = versions.raw_config(own)
     length, key = own.model_arch_config.derived_max_model_len_and_key
     if said is None or key is None:
         return False

@@ -7,6 +7,7 @@ another request with the same prefix did.
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from vllm.sampling_params import SamplingParams
@@ -16,7 +17,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_request_block_hasher, 
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from vllm_lminf.pattern import cdiv
+from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.plugin.kv_cache import LambdaManager, LambdaSpec
 
 
@@ -29,8 +30,7 @@ def make_spec(
         head_size=8,
         dtype=torch.float32,
         sliding_window=n_local,
-        n_global=n_global,
-        distance_limit=n_local,
+        pattern=LambdaPattern(n_global, n_local, distance_limit=n_local),
         extra_retained_tokens=extra_retained_tokens,
     )
 
@@ -40,12 +40,12 @@ class _Held:
     """What a running request must hold.
 
     Attributes:
-        freed_stop: blocks from the pinned ones up to this one were freed.
+        freed: blocks of the sequence that were freed, or left out of a prefix-cache hit.
         num_entries: blocks of the sequence that have been asked for.
         marks: of every token, a mark of the prefix that ends with it.
     """
 
-    freed_stop: int
+    freed: set[int]
     num_entries: int = 0
     marks: list[int] = field(default_factory=list)
 
@@ -116,7 +116,7 @@ class Simulation:
         freed = self._freed(num_hit)
         for entry, block in enumerate(hit.blocks[0]):
             assert block.is_null == (entry in freed), "a hit has other blocks than it needs"
-        self._held[request.request_id] = _Held(freed.stop)
+        self._held[request.request_id] = _Held(freed)
         request.num_computed_tokens = 0
         num_new = min(max_new, request.num_tokens - num_hit)
         if not self._allocate(request, num_new, list(hit.blocks[0]), num_hit):
@@ -193,13 +193,9 @@ class Simulation:
         for request in self.running.values():
             held = self._held[request.request_id]
             blocks = self.blocks(request)
-            pinned = self.pattern.num_pinned_blocks(self.block_size)
             assert len(blocks) == held.num_entries
             for entry, block in enumerate(blocks):
-                assert block.is_null == (pinned <= entry < held.freed_stop), (
-                    f"block {entry} of {len(blocks)}: pinned before {pinned}, "
-                    f"freed before {held.freed_stop}"
-                )
+                assert block.is_null == (entry in held.freed), f"block {entry} of {len(blocks)}"
             ids = [block.block_id for block in blocks if not block.is_null]
             assert len(ids) == len(set(ids)), "a request holds a block twice"
             assert len(ids) <= self.cap
@@ -209,9 +205,13 @@ class Simulation:
                 assert block.ref_cnt == holders[block.block_id]
         assert self.num_free == self.num_blocks - len(holders)
 
-    def _freed(self, num_computed: int) -> range:
-        return self.pattern.freed_blocks(
-            num_computed, self.block_size, self.spec.extra_retained_tokens
+    def _freed(self, num_computed: int) -> set[int]:
+        return set(
+            chain(
+                *self.pattern.freed_blocks(
+                    num_computed, self.block_size, self.spec.extra_retained_tokens
+                )
+            )
         )
 
     def _allocate(
@@ -222,7 +222,7 @@ class Simulation:
         admission = request.request_id not in self.running
         held = self._held[request.request_id]
         settled = max(0, computed - request.num_in_flight_tokens)
-        held.freed_stop = max(held.freed_stop, self._freed(settled).stop)
+        held.freed |= self._freed(settled)
         # What the manager says a step takes is asked once its frees are done, as vLLM does.
         self.kv.remove_skipped_blocks(request.request_id, settled)
         free_before = self.num_free
@@ -276,8 +276,8 @@ class Simulation:
             assert not block.is_null
             assert block.ref_cnt == 1, "a block that is written to is shared"
             self._memory[block.block_id][position % self.block_size] = marks[position]
-        window = range(self.pattern.window_start(start), end)
-        for position in {*range(min(self.pattern.n_global, end)), *window}:
+        kept = chain(*(interval.positions for interval in self.pattern.kept(start)))
+        for position in {*kept, *range(start, end)}:
             block = blocks[position // self.block_size]
             assert not block.is_null, f"position {position} is seen and its block is freed"
             slot = self._memory[block.block_id][position % self.block_size]

@@ -1,6 +1,7 @@
 """Which blocks a request holds, on vLLM's own pool, allocator and prefix cache."""
 
 import random
+from itertools import chain
 
 import pytest
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -376,8 +377,8 @@ class TestPrefixCache:
     ) -> None:
         (blocks,), length = self.lookup(simulation, first, max_length, alignment)
         assert length == hit
-        freed = simulation.pattern.freed_blocks(hit, 4)
-        assert [b.is_null for b in blocks] == [entry in freed for entry in range(hit // 4)]
+        kept = {*chain(*simulation.pattern.kept_blocks(hit, 4, hit // 4))}
+        assert [b.is_null for b in blocks] == [entry not in kept for entry in range(hit // 4)]
 
     def test_lookup_of_the_documented_example(self) -> None:
         simulation = Simulation(make_spec(2, 6, 4), 60, 16)

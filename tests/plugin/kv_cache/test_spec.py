@@ -131,11 +131,12 @@ class TestRegistry:
 
 
 class TestGroups:
-    @pytest.mark.parametrize("changed", ["n_global", "sliding_window", "distance_limit"])
+    @pytest.mark.parametrize("changed", ["n_global", "n_local", "distance_limit"])
     def test_layers_with_another_pattern_are_not_uniform(self, changed: str) -> None:
         spec = make_spec(10, 48, 16)
-        values = {"n_global": 11, "sliding_window": 47, "distance_limit": 64}
-        other = replace(spec, **{changed: values[changed]})
+        values = {"n_global": 11, "n_local": 47, "distance_limit": 64}
+        pattern = replace(spec.pattern, **{changed: values[changed]})
+        other = replace(spec, pattern=pattern, sliding_window=pattern.n_local)
         assert spec.is_uniform_with_collection({"a": spec, "b": spec})
         assert not spec.is_uniform_with_collection({"a": spec, "b": other})
         assert not UniformTypeKVCacheSpecs.is_uniform_type({"a": spec, "b": other})

@@ -131,8 +131,8 @@ class Runner:
         row = 0
         for r, (request, (start, end)) in enumerate(batch.items()):
             blocks = 1 + request * self.BLOCKS + torch.arange(self.BLOCKS, dtype=torch.int32)
-            freed = PATTERN.freed_blocks(start, self.block_size)
-            blocks[freed.start : freed.stop] = 0
+            for freed in PATTERN.freed_blocks(start, self.block_size):
+                blocks[freed.start : freed.stop] = 0
             self.block_table[r], self.seq_lens[r], self.query_start_loc[r] = blocks, end, row
             where = torch.arange(start, end)
             slots[row : row + end - start] = (

@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.kernels.registry import choose
-from vllm_lminf.plugin import hosts, patches
+from vllm_lminf.plugin import hosts, patches, wrapping
 from vllm_lminf.plugin.config import LambdaConfig
 from vllm_lminf.plugin.layer_config import layer_config_of
 
@@ -61,7 +61,7 @@ class TestEnvironment:
         assert "LMINF" in AttentionBackendEnum.__members__
 
     def test_what_is_wrapped_is_there(self) -> None:
-        wrapped = {f"{owner.__name__}.{name}" for owner, name in patches._originals}
+        wrapped = {f"{owner.__name__}.{name}" for owner, name in wrapping._originals}
         assert wrapped == {
             "EngineArgs.create_engine_config",
             "CpuPlatform.get_attn_backend_cls",
