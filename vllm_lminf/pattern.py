@@ -108,10 +108,10 @@ class Pattern(ABC):
         gaps = []
         stop = 0
         for interval in self.kept(max(0, num_computed_tokens - extra_retained_tokens)):
-            gap = range(cdiv(stop, block_size), interval.start // block_size)
-            if gap:
-                gaps.append(gap)
-            if interval.stop > interval.start:
+            if interval.positions:
+                gap = range(cdiv(stop, block_size), interval.start // block_size)
+                if gap:
+                    gaps.append(gap)
                 stop = interval.stop
         return tuple(gaps)
 

@@ -2,12 +2,13 @@
 
 import random
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 
 from tests.plugin.kv_cache.simulation import Simulation, make_spec
 from tests.policies import WithMiddle, WithMiddleElsewhere
-from vllm_lminf.pattern import LambdaPattern, Pattern
+from vllm_lminf.pattern import LambdaPattern, Pattern, cdiv
 from vllm_lminf.plugin.kv_cache import LambdaSpec
 
 AROUND = LambdaPattern(n_global=3, n_local=8, distance_limit=10)
@@ -37,6 +38,23 @@ def test_what_a_request_holds(pattern: Pattern, held: list[int]) -> None:
     assert simulation.run(request, 8) == 0
     assert simulation.entries_held(request) == held
     assert len(held) <= simulation.cap
+
+
+@pytest.mark.parametrize("middle", [range(22, 31), range(30, 30), range(3, 9)], ids=str)
+@pytest.mark.parametrize("block_size", [1, 3, 4, 16])
+def test_freed_is_what_no_later_query_sees(middle: range, block_size: int) -> None:
+    pattern = WithMiddle(AROUND, middle, at=9)
+    for computed in range(90):
+        freed = [*chain(*pattern.freed_blocks(computed, block_size))]
+        assert freed == [
+            block
+            for block in range(cdiv(computed, block_size) + 1)
+            if not any(
+                pattern.visible(i, j)
+                for i in range(computed, computed + 2 * block_size)
+                for j in range(block * block_size, (block + 1) * block_size)
+            )
+        ]
 
 
 def test_bound_and_pinned_blocks() -> None:
