@@ -26,6 +26,7 @@ from benchmarks.contenders import (
     AbsentError,
     Contender,
     CpuContenders,
+    Lminf,
     lminf,
 )
 from benchmarks.kernels import Case, Measured, cpu_cases, gpu_cases, measure_case
