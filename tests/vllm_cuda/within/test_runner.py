@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
+from vllm.utils.network_utils import get_open_port
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.utils import (
@@ -82,7 +83,7 @@ def config(folder: Path) -> Iterator[VllmConfig]:
     assert config.use_v2_model_runner
     with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(config):
         patch.setenv("VLLM_HOST_IP", "127.0.0.1")
-        init_distributed_environment(1, 0, "tcp://127.0.0.1:29611", 0, "gloo")
+        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, "gloo")
         initialize_model_parallel()
         yield config
         destroy_model_parallel()
