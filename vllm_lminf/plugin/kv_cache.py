@@ -277,7 +277,7 @@ def advice(config: VllmConfig, specs: Sequence[Specs], available_memory: Sequenc
     smaller = (
         f"n_local {fits} fits"
         if fits
-        else "no n_local fits with this n_global and this many tokens in flight"
+        else "no n_local fits with this n_global and so many tokens at once: lower the latter"
     )
     return (
         f"With {BACKEND_NAME} a request takes no more memory the longer it gets, so a smaller "
