@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lminf.kernels.cpu import build
-from vllm_lminf.kernels.cpu.kernel import load
+from vllm_lminf.kernels.cpu import build, kernel
 
 
 class Emulated:
@@ -144,5 +143,5 @@ def _joined(regions: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]
 
 if __name__ == "__main__":
     compiler, emulator, folder, *tests = sys.argv[1:]
-    load = functools.cache(lambda dtype: Emulated(dtype, compiler, emulator, Path(folder)))
+    kernel.load = functools.cache(lambda dtype: Emulated(dtype, compiler, emulator, Path(folder)))
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *tests]))
