@@ -34,6 +34,7 @@ from vllm_lminf.plugin import checks, patches, register, versions
 from vllm_lminf.plugin.checks import _select, check
 from vllm_lminf.plugin.config import (
     BACKEND_VARIABLE,
+    DEFAULT_N_GLOBAL,
     VARIABLE_PREFIX,
     LambdaConfig,
     is_backend_name,
@@ -374,6 +375,19 @@ class TestCompileCache:
         assert again.additional_config == before
         handed_on = build.selected(additional_config=before)
         assert handed_on.additional_config == before
+
+    @pytest.mark.parametrize(("name", "other"), [("N_LOCAL", 77), ("N_GLOBAL", 5)])
+    def test_completed_again_no_variable_is_read(
+        self, name: str, other: int, build: Build, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One that lost against the user's own word, which is what would come by itself."""
+        own = {"n_global": DEFAULT_N_GLOBAL, "n_local": 8192}
+        monkeypatch.setenv(VARIABLE_PREFIX + name, str(other))
+        config = build.selected(additional_config={"lminf": own})
+        again = copy.deepcopy(config)
+        check(again)
+        assert LambdaConfig.of(again) == LambdaConfig.of(config)
+        assert LambdaConfig.of(again).pattern == LambdaPattern(DEFAULT_N_GLOBAL, 8192, 8192)
 
     def test_what_followed_from_one_model_is_not_asked_of_another(
         self, build: Build, tmp_path: Path

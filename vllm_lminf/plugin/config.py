@@ -120,11 +120,14 @@ class Settings:
         """
         problems: list[str] = []
         section = _section(additional_config, problems)
+        resolved = LambdaConfig._from(section)  # of a configuration that is completed again
+        if resolved is not None:
+            section = resolved._deviations()
         values: dict[str, Any] = {}
         for name, variable in _VARIABLES.items():
             if name in section:
                 value = _check(f'"{name}" in {SECTION}', name, section[name], problems)
-            elif variable in environ:
+            elif variable in environ and resolved is None:
                 value = _check(variable, name, _parse(environ[variable]), problems)
             else:
                 continue
@@ -300,8 +303,7 @@ def _section(additional_config: object, problems: list[str]) -> Mapping[str, Any
             "settings"
         )
         return {}
-    resolved = LambdaConfig._from(section)  # of a configuration that is completed again
-    return section if resolved is None else resolved._deviations()
+    return section
 
 
 def _misplaced(tree: object, where: str, is_top: bool = True) -> Iterator[str]:
