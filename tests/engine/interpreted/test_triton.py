@@ -17,7 +17,7 @@ def kernels(llm: LLM) -> set[str]:
     """What the layers of an engine in this process run."""
     config = llm.llm_engine.vllm_config
     layers = config.compilation_config.static_forward_context.values()
-    return {layer.impl.kernel.name(16, torch.float32) for layer in layers}
+    return {layer.impl.kernel_name(16, torch.float32) for layer in layers}
 
 
 def continued(llm: LLM, prompts: list[list[int]]) -> list[tuple]:
