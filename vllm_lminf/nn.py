@@ -160,7 +160,7 @@ def _heads_problems(d_model: int, num_heads: int) -> list[str]:
     if (head_size := d_model // num_heads) % 2:
         return [
             f"d_model is {d_model} and num_heads is {num_heads}, so heads have {head_size} "
-            "dimensions: it must be an even number, because RoPE turns pairs of them"
+            "dimensions: it must be an even number, because RoPE rotates pairs of them"
         ]
     return []
 
@@ -221,12 +221,12 @@ class _Rope:
     theta: float
     is_neox_style: bool
 
-    def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """``x`` [batch, tokens, num_heads, head_size] turned by ``positions`` [tokens]."""
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """``x`` [batch, tokens, num_heads, head_size] rotated by ``positions`` [tokens]."""
         return rotate(x, *self._angles(x, positions), self.is_neox_style)
 
-    def turn_back(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The inverse of `turn`, which is also its gradient."""
+    def rotate_back(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The inverse of `rotate`, which is also its gradient."""
         cos, sin = self._angles(x, positions)
         return rotate(x, cos, -sin, self.is_neox_style)
 
@@ -266,20 +266,20 @@ class _Tile:
 
     Attributes:
         queries: the tile's rows.
-        far: global keys beyond the distance limit of the last query.
+        clamped: global keys beyond the distance limit of the last query.
         middle: global keys behind the window of the first query, but within its limit.
         window: keys from the window of the first query up to the last query.
     """
 
     queries: range
-    far: range
+    clamped: range
     middle: range
     window: range
 
     @property
     def columns(self) -> tuple[range, range, range]:
         """The keys in the order in which a tile has them."""
-        return self.far, self.middle, self.window
+        return self.clamped, self.middle, self.window
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """The rows of ``x`` [batch, seq, ...] that the columns stand for."""
@@ -305,7 +305,7 @@ def _tiles(query: torch.Tensor, pattern: LambdaPattern) -> Iterator[_Tile]:
 
     Example: ``n_global=3, n_local=4, distance_limit=6``, a tile of the queries 8 to 11. Their
     windows start at 5 or later. Key 2 is within the limit of query 8, and all three global keys
-    are beyond that of query 11: ``far=range(3), middle=range(2, 3), window=range(5, 12)``.
+    are beyond that of query 11: ``clamped=range(3), middle=range(2, 3), window=range(5, 12)``.
     """
     batch, seq, num_heads, _ = query.shape
     columns = min(seq, pattern.n_global + pattern.n_local)
@@ -318,7 +318,7 @@ def _tiles(query: torch.Tensor, pattern: LambdaPattern) -> Iterator[_Tile]:
         reach = max(0, start - pattern.distance_limit)
         yield _Tile(
             queries=range(start, end),
-            far=range(min(pattern.n_global, max(0, end - 1 - pattern.distance_limit))),
+            clamped=range(min(pattern.n_global, max(0, end - 1 - pattern.distance_limit))),
             middle=range(reach, max(reach, behind.stop)),
             window=range(window.start, end),
         )
@@ -326,31 +326,31 @@ def _tiles(query: torch.Tensor, pattern: LambdaPattern) -> Iterator[_Tile]:
 
 @dataclass(frozen=True)
 class _Scored:
-    """One tile after its softmax. Its first ``num_far`` columns are scored at the distance limit.
+    """One tile after its softmax. The distance of its first ``num_clamped`` columns is the limit.
 
     Attributes:
         query: rotated by ``query_positions``; [batch, rows, num_heads, head_size].
-        far_query: the same queries rotated by the distance limit.
+        clamped_query: the same queries rotated by the distance limit.
         key: rotated by ``key_positions``; [batch, columns, num_heads, head_size].
         value: same shape.
         weights: float32 or wider; [batch, num_heads, rows, columns].
         query_positions: [rows].
-        far_positions: the distance limit for every row.
-        key_positions: [columns]; 0 for the far ones.
-        num_far: see above.
+        clamped_positions: the distance limit for every row.
+        key_positions: [columns]; 0 for the clamped ones.
+        num_clamped: see above.
         rope: the rotation.
         scale: the factor on scores.
     """
 
     query: torch.Tensor
-    far_query: torch.Tensor
+    clamped_query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     weights: torch.Tensor
     query_positions: torch.Tensor
-    far_positions: torch.Tensor
+    clamped_positions: torch.Tensor
     key_positions: torch.Tensor
-    num_far: int
+    num_clamped: int
     rope: _Rope
     scale: float
 
@@ -360,20 +360,20 @@ class _Scored:
 
     def gradients(self, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of the tile's queries, keys and values, before rotation; ``grad`` is the output's."""
-        weights, num_far = self.weights, self.num_far
+        weights, num_clamped = self.weights, self.num_clamped
         grad_value = torch.einsum("bhij,bihd->bjhd", weights.to(grad.dtype), grad)
         grad_weights = torch.einsum("bihd,bjhd->bhij", grad, self.value).to(weights.dtype)
         mean = (weights * grad_weights).sum(dim=-1, keepdim=True)
         grad_scores = grad_weights.sub_(mean).mul_(weights).mul_(self.scale).to(grad.dtype)
-        far, near = grad_scores[..., :num_far], grad_scores[..., num_far:]
-        far_query = torch.einsum("bhij,bjhd->bihd", far, self.key[:, :num_far])
-        near_query = torch.einsum("bhij,bjhd->bihd", near, self.key[:, num_far:])
-        far_key = torch.einsum("bhij,bihd->bjhd", far, self.far_query)
+        clamped, near = grad_scores[..., :num_clamped], grad_scores[..., num_clamped:]
+        clamped_query = torch.einsum("bhij,bjhd->bihd", clamped, self.key[:, :num_clamped])
+        near_query = torch.einsum("bhij,bjhd->bihd", near, self.key[:, num_clamped:])
+        clamped_key = torch.einsum("bhij,bihd->bjhd", clamped, self.clamped_query)
         near_key = torch.einsum("bhij,bihd->bjhd", near, self.query)
         return (
-            self.rope.turn_back(near_query, self.query_positions)
-            + self.rope.turn_back(far_query, self.far_positions),
-            self.rope.turn_back(torch.cat((far_key, near_key), dim=1), self.key_positions),
+            self.rope.rotate_back(near_query, self.query_positions)
+            + self.rope.rotate_back(clamped_query, self.clamped_positions),
+            self.rope.rotate_back(torch.cat((clamped_key, near_key), dim=1), self.key_positions),
             grad_value,
         )
 
@@ -388,18 +388,18 @@ def _score(
     scale: float,
 ) -> _Scored:
     """Rotates a tile's queries and keys and computes its softmax; see `_tiled_attention`."""
-    num_far = len(tile.far)
+    num_clamped = len(tile.clamped)
     i = _positions([tile.queries], query.device)
     j = _positions(tile.columns, query.device)
-    far_positions = torch.full_like(i, pattern.distance_limit)
-    key_positions = torch.cat((torch.zeros_like(j[:num_far]), j[num_far:]))
+    clamped_positions = torch.full_like(i, pattern.distance_limit)
+    key_positions = torch.cat((torch.zeros_like(j[:num_clamped]), j[num_clamped:]))
     rows = query[:, _rows(tile.queries)]
-    near_query, far_query = rope.turn(rows, i), rope.turn(rows, far_positions)
-    rotated_key = rope.turn(tile.gather(key), key_positions)
+    near_query, clamped_query = rope.rotate(rows, i), rope.rotate(rows, clamped_positions)
+    rotated_key = rope.rotate(tile.gather(key), key_positions)
     scores = torch.cat(
         (
-            torch.einsum("bihd,bjhd->bhij", far_query, rotated_key[:, :num_far]),
-            torch.einsum("bihd,bjhd->bhij", near_query, rotated_key[:, num_far:]),
+            torch.einsum("bihd,bjhd->bhij", clamped_query, rotated_key[:, :num_clamped]),
+            torch.einsum("bihd,bjhd->bhij", near_query, rotated_key[:, num_clamped:]),
         ),
         dim=-1,
     ).to(torch.promote_types(query.dtype, torch.float32))
@@ -407,18 +407,18 @@ def _score(
     difference = i[:, None] - j
     beyond = difference > pattern.distance_limit
     visible = (difference >= 0) & ((j < pattern.n_global) | (difference < pattern.n_local))
-    in_column = torch.cat((beyond[:, :num_far], ~beyond[:, num_far:]), dim=1)
+    in_column = torch.cat((beyond[:, :num_clamped], ~beyond[:, num_clamped:]), dim=1)
     scores.mul_(scale).masked_fill_(~(visible & in_column), -math.inf)
     return _Scored(
         query=near_query,
-        far_query=far_query,
+        clamped_query=clamped_query,
         key=rotated_key,
         value=tile.gather(value),
         weights=scores.softmax(dim=-1),
         query_positions=i,
-        far_positions=far_positions,
+        clamped_positions=clamped_positions,
         key_positions=key_positions,
-        num_far=num_far,
+        num_clamped=num_clamped,
         rope=rope,
         scale=scale,
     )

@@ -1,6 +1,6 @@
 """Rotary position embedding that is exact at any position below 2**31, in 1 to 4 MB.
 
-A rotation by position ``p`` turns the pair ``k`` of rotary dimensions by ``p * inv_freq[k]``
+A rotation by position ``p`` rotates the pair ``k`` of rotary dimensions by ``p * inv_freq[k]``
 radians (arXiv 2104.09864). One float32 table with a row for every position grows without end, and
 a float32 product loses digits (0.06 rad at p = 1e6). Here ``p`` is written in three digits,
 ``p = a * 2**20 + b * 2**10 + c``; each digit has a small table of cosines and sines, computed in
@@ -114,12 +114,12 @@ def _(positions: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
 def rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool
 ) -> torch.Tensor:
-    """Turns the leading rotary dimensions of every head by the given angles.
+    """Rotates the leading rotary dimensions of every head by the given angles.
 
     Args:
         x: shape [..., num_heads, head_size].
         cos: cosines, shape [..., rotary_dim / 2]: one angle for all heads of a token.
-        sin: sines, same shape. Pass ``-sin`` to turn back.
+        sin: sines, same shape. Pass ``-sin`` to rotate back.
         is_neox_style: how pairs are laid out, see `RotarySpec`.
 
     Returns:
@@ -132,6 +132,6 @@ def rotate(
         first, second = rotated.chunk(2, dim=-1)
     else:
         first, second = rotated[..., ::2], rotated[..., 1::2]
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    joined = torch.cat(turned, dim=-1) if is_neox_style else torch.stack(turned, -1).flatten(-2)
+    halves = (first * cos - second * sin, second * cos + first * sin)
+    joined = torch.cat(halves, dim=-1) if is_neox_style else torch.stack(halves, -1).flatten(-2)
     return torch.cat((joined.to(x.dtype), rest), dim=-1)

@@ -240,7 +240,7 @@ class TestRefusals:
         with (
             pytest.raises(
                 UnsupportedError,
-                match=r"layers? \S+attn\b.*, 48 dimensions each, .* turn 16 of them",
+                match=r"layers? \S+attn\b.*, 48 dimensions each, .* rotate 16 of them",
             ),
             engine(tmp_path, load_format="dummy"),
         ):

@@ -18,7 +18,7 @@ from tests.kernels.layers import joint_cache, make_layer
 from vllm_lminf.kernels import oracle
 from vllm_lminf.kernels.base import DeviceBatch, Heads, Kernel, LayerConfig, PagedCache, ScoreRules
 from vllm_lminf.kernels.cpu.kernel import CpuKernel
-from vllm_lminf.kernels.host_batch import FarRotations, HostBatch, far_rotations
+from vllm_lminf.kernels.host_batch import HostBatch, InverseRotations, inverse_rotations
 from vllm_lminf.kernels.reference import ReferenceKernel
 from vllm_lminf.kernels.triton.layer import TritonKernel
 from vllm_lminf.pattern import LambdaPattern, cdiv
@@ -214,14 +214,14 @@ class Batch:
             halves[block, :, 1, where % self.block_size] = stretch.value.to(dtype)
         return cache
 
-    def far(self) -> FarRotations | None:
+    def inverse_rotations(self) -> InverseRotations | None:
         """Far rotations from the package's tables."""
         if self.rotary is None:
             return None
         tables = RotationTables(self.rotary.inv_freq)
-        return far_rotations(tables, self.rotary.is_neox_style, self.positions, self.pattern)
+        return inverse_rotations(tables, self.rotary.is_neox_style, self.positions, self.pattern)
 
-    def exact_far(self) -> FarRotations | None:
+    def exact_inverse_rotations(self) -> InverseRotations | None:
         """Far rotations from cosines and sines in float64: what remains is the kernel's doing."""
         if self.rotary is None:
             return None
@@ -229,22 +229,24 @@ class Batch:
         query = back.to(torch.float64)[:, None] * self.rotary.inv_freq
         key = torch.arange(self.pattern.n_global, dtype=torch.float64)[:, None]
         key = key * self.rotary.inv_freq
-        return FarRotations(
+        return InverseRotations(
             query.cos(), -query.sin(), key.cos(), -key.sin(), self.rotary.is_neox_style
         )
 
-    def run_paged(self, dtype: torch.dtype, far: FarRotations | None) -> torch.Tensor:
+    def run_paged(self, dtype: torch.dtype, inverse: InverseRotations | None) -> torch.Tensor:
         """The kernel's output [num_tokens, num_heads, head_size]."""
         query = self.query(dtype)
         output = torch.full_like(query, torch.nan)
-        self.attend(query, far, output)
+        self.attend(query, inverse, output)
         return output
 
-    def attend(self, query: torch.Tensor, far: FarRotations | None, output: torch.Tensor) -> None:
+    def attend(
+        self, query: torch.Tensor, inverse: InverseRotations | None, output: torch.Tensor
+    ) -> None:
         """Calls the kernel with rows of the caller's."""
         kernel = ReferenceKernel(self.layer(query.dtype))
         cache = joint_cache(self.kv_cache(query.dtype))
-        kernel.attend(query, cache, self.device_batch(far=far), output)
+        kernel.attend(query, cache, self.device_batch(inverse=inverse), output)
 
     def layer(
         self,
@@ -261,7 +263,7 @@ class Batch:
         return make_layer(heads, self.pattern, rules, device, self.rotary, **more)
 
     def run_cpu(
-        self, dtype: torch.dtype, far: FarRotations | None, rules: ScoreRules
+        self, dtype: torch.dtype, inverse: InverseRotations | None, rules: ScoreRules
     ) -> torch.Tensor:
         """The compiled kernel's output, on a cache that it has written itself."""
         query = self.query(dtype)
@@ -276,7 +278,7 @@ class Batch:
         )
         self.fill(kernel, cache, dtype)
         output = torch.full_like(query, torch.nan)
-        kernel.attend(query, cache, self.device_batch(far=far), output)
+        kernel.attend(query, cache, self.device_batch(inverse=inverse), output)
         return output
 
     @property
@@ -290,13 +292,13 @@ class Batch:
         return slots
 
     def device_batch(
-        self, device: torch.device | str = "cpu", far: FarRotations | None = None
+        self, device: torch.device | str = "cpu", inverse: InverseRotations | None = None
     ) -> DeviceBatch:
         """The batch's description as tensors on a device.
 
         Args:
             device: where.
-            far: far rotations to take in place of those from the package's tables.
+            inverse: inverse rotations to take in place of those from the package's tables.
         """
         start = torch.tensor(self.query_start_loc, dtype=torch.int32)
         batch = DeviceBatch(
@@ -305,8 +307,8 @@ class Batch:
             self.block_table.to(device),
             int(start.diff().max()),
         )
-        if far is not None:
-            batch.shared["host"] = _GivenRotations(batch, far)
+        if inverse is not None:
+            batch.shared["host"] = _GivenRotations(batch, inverse)
         return batch
 
     def empty_cache(
@@ -385,7 +387,7 @@ class Batch:
     def table_error(self) -> float:
         """Bound on what the tables' rounding does to an output.
 
-        A far query and a stationary key are off by TABLE_ERROR of their length each, so a score is
+        Either vector of a clamped pair is off by TABLE_ERROR of its length, so a score is
         off by at most e = 2 * TABLE_ERROR * scale * |q| * |k|. Its weight in the softmax is then
         off by a factor within exp(+-2e), and an output by (exp(2e) - 1) of the largest value.
         """
@@ -420,13 +422,13 @@ class Batch:
 
 
 class _GivenRotations(HostBatch):
-    """A batch on the host with far rotations of the test's."""
+    """A batch on the host with inverse rotations of the test's."""
 
-    def __init__(self, batch: DeviceBatch, far: FarRotations) -> None:
+    def __init__(self, batch: DeviceBatch, inverse: InverseRotations) -> None:
         super().__init__(batch)
-        self.given = far
+        self.given = inverse
 
-    def far(self, *_: object) -> FarRotations:
+    def inverse_rotations(self, *_: object) -> InverseRotations:
         return self.given
 
 

@@ -14,13 +14,13 @@ from tests.kernels.cases import CASES, FAR_CASES, VERY_FAR_CASES, assert_close
 from tests.kernels.layers import int32_batch, joint_cache, make_layer
 from vllm_lminf.kernels import oracle
 from vllm_lminf.kernels.base import DeviceBatch, Heads, ScoreRules
-from vllm_lminf.kernels.host_batch import far_rotations
+from vllm_lminf.kernels.host_batch import inverse_rotations
 from vllm_lminf.kernels.reference import ReferenceKernel, _eager_attention
 from vllm_lminf.pattern import LambdaPattern, cdiv
 from vllm_lminf.rope import RotationTables
 
 EXACT = 1e-11
-"""With exact far rotations both sides are float64 throughout, and angles stay below 3e3 rad: their
+"""With exact inverse rotations all is float64 throughout, and angles stay below 3e3 rad: their
 phases are good to 1e-12, and sums have some thousand terms of size 1."""
 FAR_EXACT = 1e-8
 """The same where angles reach 2e6 rad."""
@@ -53,9 +53,9 @@ def operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @by_id
 def test_exactly_the_oracle(case: Case, operator: str) -> None:
-    """In float64 with exact angles: one key too many or too few would show by far."""
+    """In float64 with exact angles: one key too many or too few would show by inverse."""
     batch = make_batch(case)
-    output = batch.run_paged(torch.float64, batch.exact_far())
+    output = batch.run_paged(torch.float64, batch.exact_inverse_rotations())
     assert output.dtype == torch.float64
     assert_close(output, batch.run_oracle(), EXACT)
 
@@ -64,7 +64,7 @@ def test_exactly_the_oracle(case: Case, operator: str) -> None:
 def test_with_rotation_tables(case: Case) -> None:
     """In float64, but for the float32 cosines of the tables that are used in production."""
     batch = make_batch(case)
-    output = batch.run_paged(torch.float64, batch.far())
+    output = batch.run_paged(torch.float64, batch.inverse_rotations())
     assert_close(output, batch.run_oracle(), EXACT + batch.table_error())
 
 
@@ -76,7 +76,7 @@ def test_low_precision(case: Case, dtype: torch.dtype, operator: str) -> None:
     batch = make_batch(case)
     exact = batch.run_oracle()
     loss = (batch.run_oracle(dtype).double() - exact).abs().max().item()
-    output = batch.run_paged(dtype, batch.far())
+    output = batch.run_paged(dtype, batch.inverse_rotations())
     assert output.dtype == dtype
     assert_close(output, exact, 3 * loss)
 
@@ -87,9 +87,13 @@ def test_far_positions(case: Case, operator: str) -> None:
     definition turns by distances alone, so it is exact at any position."""
     batch = make_batch(case)
     expected = batch.run_literal()
-    assert_close(batch.run_paged(torch.float64, batch.exact_far()), expected, FAR_EXACT)
     assert_close(
-        batch.run_paged(torch.float64, batch.far()), expected, FAR_EXACT + batch.table_error()
+        batch.run_paged(torch.float64, batch.exact_inverse_rotations()), expected, FAR_EXACT
+    )
+    assert_close(
+        batch.run_paged(torch.float64, batch.inverse_rotations()),
+        expected,
+        FAR_EXACT + batch.table_error(),
     )
 
 
@@ -101,7 +105,9 @@ def test_positions_up_to_the_last(case: Case) -> None:
     and the pairs of a head in all directions: a score of size 1 stays good to some 1e-6.
     """
     batch = make_batch(case)
-    assert_close(batch.run_paged(torch.float64, batch.far()), batch.run_literal(), 1e-6)
+    assert_close(
+        batch.run_paged(torch.float64, batch.inverse_rotations()), batch.run_literal(), 1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,7 +132,9 @@ def test_every_boundary(pattern: tuple[int, int, int], block_size: int) -> None:
     small = {"heads": (2, 1), "head_size": 16}
     case = Case("all", tuple(requests), block_size=block_size, pattern=pattern, **small)
     batch = make_batch(case)
-    assert_close(batch.run_paged(torch.float64, batch.exact_far()), batch.run_oracle(), EXACT)
+    assert_close(
+        batch.run_paged(torch.float64, batch.exact_inverse_rotations()), batch.run_oracle(), EXACT
+    )
 
 
 @st.composite
@@ -154,7 +162,9 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_random_batches(case: Case, seed: int) -> None:
     batch = make_batch(case, seed)
-    assert_close(batch.run_paged(torch.float64, batch.exact_far()), batch.run_oracle(), EXACT)
+    assert_close(
+        batch.run_paged(torch.float64, batch.exact_inverse_rotations()), batch.run_oracle(), EXACT
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -215,23 +225,23 @@ class TestOnlyItsOwnRows:
         return make_batch(Case("mixed", ((70, 1), (20, 9), (0, 5))))
 
     def test_padding_rows_stay_untouched(self, batch: Batch) -> None:
-        expected = batch.run_paged(torch.float32, batch.far())
+        expected = batch.run_paged(torch.float32, batch.inverse_rotations())
         padding = torch.full((4, *expected.shape[1:]), torch.nan)
         query = torch.cat((batch.query(torch.float32), padding))
         output = torch.full_like(query, -7.0)
-        batch.attend(query, batch.far(), output)
+        batch.attend(query, batch.inverse_rotations(), output)
         assert torch.equal(output[:-4], expected)
         assert (output[-4:] == -7.0).all()
 
     def test_the_query_stays_as_it_is(self, batch: Batch) -> None:
         query = batch.query(torch.float32)
         before = query.clone()
-        batch.attend(query, batch.far(), torch.empty_like(query))
+        batch.attend(query, batch.inverse_rotations(), torch.empty_like(query))
         assert torch.equal(query, before)
 
     def test_a_request_without_queries_is_skipped(self, batch: Batch) -> None:
         """As vLLM pads a batch of requests: no rows, and a length of 0."""
-        expected = batch.run_paged(torch.float32, batch.far())
+        expected = batch.run_paged(torch.float32, batch.inverse_rotations())
         query, output = batch.query(torch.float32), torch.full_like(expected, torch.nan)
         told = batch.device_batch()
         padded = DeviceBatch(
@@ -246,7 +256,7 @@ class TestOnlyItsOwnRows:
 
     def test_requests_do_not_mix(self, batch: Batch) -> None:
         """A batch gives what its requests give one by one."""
-        together = batch.run_paged(torch.float64, batch.exact_far())
+        together = batch.run_paged(torch.float64, batch.exact_inverse_rotations())
         offsets = batch.query_start_loc
         for row, (start, end) in enumerate(itertools.pairwise(offsets)):
             alone = Batch(
@@ -258,14 +268,14 @@ class TestOnlyItsOwnRows:
                 batch.block_table[row : row + 1],
                 batch.stretches[row : row + 1],
             )
-            output = alone.run_paged(torch.float64, alone.exact_far())
+            output = alone.run_paged(torch.float64, alone.exact_inverse_rotations())
             torch.testing.assert_close(together[start:end], output, rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("split", [1, 16, 33, 64, 100])
 def test_a_prompt_in_chunks_is_the_prompt_at_once(split: int) -> None:
     whole = make_batch(Case("prefill", ((0, 160),)))
-    expected = whole.run_paged(torch.float64, whole.exact_far())
+    expected = whole.run_paged(torch.float64, whole.exact_inverse_rotations())
     (stretch,) = whole.stretches
     for start in range(0, 160, split):
         end = min(start + split, 160)
@@ -274,24 +284,24 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(split: int) -> None:
         part.query = stretch.query[start:end]
         part.key = stretch.key[part.key_positions]
         part.value = stretch.value[part.key_positions]
-        output = chunk.run_paged(torch.float64, chunk.exact_far())
+        output = chunk.run_paged(torch.float64, chunk.exact_inverse_rotations())
         assert_close(output, expected[start:end], EXACT)
 
 
 class TestFarRotations:
     def test_only_queries_past_the_limit_are_turned(self) -> None:
         batch = make_batch(Case("prefill", ((0, 60),), pattern=(3, 20, 30)))
-        far = batch.far()
-        assert far is not None
+        inverse = batch.inverse_rotations()
+        assert inverse is not None
         positions = batch.positions
         unturned = positions <= 30
-        assert (far.query_cos[unturned] == 1).all()
-        assert (far.query_sin[unturned] == 0).all()
-        assert (far.query_sin[~unturned, 0] != 0).all()
+        assert (inverse.query_cos[unturned] == 1).all()
+        assert (inverse.query_sin[unturned] == 0).all()
+        assert (inverse.query_sin[~unturned, 0] != 0).all()
         tables = RotationTables(make_rotary(64).inv_freq)
         cos, sin = tables(positions[~unturned] - 30)
-        assert torch.equal(far.query_cos[~unturned], cos)
-        assert torch.equal(far.query_sin[~unturned], -sin)
+        assert torch.equal(inverse.query_cos[~unturned], cos)
+        assert torch.equal(inverse.query_sin[~unturned], -sin)
 
     @pytest.mark.parametrize("n_global", [10**6, 2**31 - 1])
     def test_costs_what_is_there(self, n_global: int) -> None:
@@ -299,17 +309,17 @@ class TestFarRotations:
         tables = RotationTables(10000.0 ** -(torch.arange(0, 8, 2) / 8))
         pattern = LambdaPattern(n_global, 4, 6)
         for last in (2, 3, 4, 40, 41):
-            far = far_rotations(tables, True, torch.tensor([0, last]), pattern)
-            assert len(far.key_cos) == len(far.key_sin) == max(0, last - 3)
+            inverse = inverse_rotations(tables, True, torch.tensor([0, last]), pattern)
+            assert len(inverse.key_cos) == len(inverse.key_sin) == max(0, last - 3)
         assert sum(each.shape[0] for each in tables._leading or ()) <= 2 * 64
 
     def test_global_keys_are_turned_back_to_zero(self) -> None:
         batch = make_batch(Case("prefill", ((0, 60),), pattern=(3, 20, 30)))
-        far = batch.far()
-        assert far is not None
+        inverse = batch.inverse_rotations()
+        assert inverse is not None
         cos, sin = RotationTables(make_rotary(64).inv_freq)(torch.arange(3))
-        assert torch.equal(far.key_cos, cos)
-        assert torch.equal(far.key_sin, -sin)
+        assert torch.equal(inverse.key_cos, cos)
+        assert torch.equal(inverse.key_sin, -sin)
 
 
 def write_cache(

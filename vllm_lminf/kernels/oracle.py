@@ -25,8 +25,8 @@ def lambda_attention(
     """Attention of each query to the intervals that it sees; under a Λ that is LM-Infinite's (arXiv
     2308.16137, section 3).
 
-    A pair whose distance counts as ``d`` scores ``<R(d) q_i, k_j>``, where ``R(n)`` turns a vector
-    by ``n`` positions. Where ``d`` is the pair's own, ``i - j``, that equals ``<R(i) q_i, R(j)
+    A pair whose distance counts as ``d`` scores ``<R(d) q_i, k_j>``, where ``R(n)`` rotates by
+    ``n`` positions. Where ``d`` is the pair's own, ``i - j``, that equals ``<R(i) q_i, R(j)
     k_j>``, which is how it is computed here.
 
     Args:
@@ -61,11 +61,11 @@ def lambda_attention(
     if rotary is None:
         scores = torch.einsum("ihd,jhd->hij", query, key)
     else:
-        scores = torch.einsum("ihd,jhd->hij", _turn(query, i, rotary), _turn(key, j, rotary))
-        unturned = _turn(key, torch.tensor([0]), rotary)
+        scores = torch.einsum("ihd,jhd->hij", _rotate(query, i, rotary), _rotate(key, j, rotary))
+        unrotated = _rotate(key, torch.tensor([0]), rotary)
         moved = visible & (distance != difference)
         for d in distance[moved].unique():
-            there = torch.einsum("ihd,jhd->hij", _turn(query, d[None], rotary), unturned)
+            there = torch.einsum("ihd,jhd->hij", _rotate(query, d[None], rotary), unrotated)
             scores = torch.where(moved & (distance == d), there, scores)
     scores = scores * scale
     if softcap is not None:
@@ -80,7 +80,7 @@ def lambda_attention(
     return torch.einsum("hij,jhd->ihd", weights, value)
 
 
-def _turn(x: torch.Tensor, positions: torch.Tensor, rotary: RotarySpec) -> torch.Tensor:
+def _rotate(x: torch.Tensor, positions: torch.Tensor, rotary: RotarySpec) -> torch.Tensor:
     """``x`` as a model with this RoPE rotates it at ``positions``; the angles are float64."""
     angles = positions.to(torch.float64)[:, None] * rotary.inv_freq.to(torch.float64)
     cos = (angles.cos() * rotary.magnitude).to(x.dtype)

@@ -1,8 +1,8 @@
 """Λ-attention over a paged KV cache, in plain PyTorch, for any device.
 
 A request's window is gathered into one contiguous stretch and attended tile by tile; the few
-global keys behind it form a second branch, whose queries are turned to the distance limit and
-whose keys are turned back to position 0. The two branches are joined through their log-sum-exps,
+global keys behind it form a second branch, whose queries are rotated to the distance limit and
+whose keys are rotated back to position 0. The two branches are joined through their log-sum-exps,
 so that together they are one softmax over every visible key.
 
 Cache slots outside the visible keys are never read into a score or a value: they may hold
@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from vllm_lminf.kernels.base import DeviceBatch, Kernel, LayerConfig, PagedCache, ScoreRules
-from vllm_lminf.kernels.host_batch import FarRotations, HostBatch
+from vllm_lminf.kernels.host_batch import HostBatch, InverseRotations
 from vllm_lminf.pattern import LambdaPattern, cdiv
 
 _MAX_TILE = 512
@@ -67,7 +67,8 @@ class ReferenceKernel(Kernel):
         self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
     ) -> None:
         host, pattern = HostBatch.of(batch), self._pattern
-        far = None if self._rotation is None else host.far(self._rotation, pattern)
+        rotation = self._rotation
+        inverse = None if rotation is None else host.inverse_rotations(rotation, pattern)
         query_start_loc = host.query_start_loc.tolist()
         for request, seq_len in enumerate(host.seq_lens.tolist()):
             start, end = query_start_loc[request], query_start_loc[request + 1]
@@ -83,7 +84,7 @@ class ReferenceKernel(Kernel):
                 seq_len,
                 pattern,
                 self._rules,
-                far if far is None else far.of_rows(start, end),
+                inverse and inverse.of_rows(start, end),
             )
             tiles.attend(output[start:end])
 
@@ -99,7 +100,7 @@ class _RequestTiles:
             last query sees behind its window.
         seq_len: the position after the last query.
         pattern, rules: what is computed.
-        far: rotations of these queries, or None.
+        inverse: rotations of these queries and the global keys to the limit; None without RoPE.
     """
 
     query: torch.Tensor
@@ -110,7 +111,7 @@ class _RequestTiles:
     seq_len: int
     pattern: LambdaPattern
     rules: ScoreRules
-    far: FarRotations | None
+    inverse: InverseRotations | None
 
     def attend(self, output: torch.Tensor) -> None:
         """Writes the attention of all queries, tile by tile; output is of query's shape."""
@@ -166,12 +167,12 @@ class _RequestTiles:
         difference = position[:, None] - torch.arange(num_global, device=query.device)
 
         scores = torch.einsum("rhgd,hnd->rhgn", query.view(grouped), key)
-        if self.far is not None:
-            turned = self.far.turn_queries(query, rows).view(grouped)
-            stationary = self.far.turn_keys(key)
-            far_scores = torch.einsum("rhgd,hnd->rhgn", turned, stationary)
+        if self.inverse is not None:
+            clamped_query = self.inverse.rotate_queries(query, rows).view(grouped)
+            clamped_key = self.inverse.rotate_keys(key)
+            clamped = torch.einsum("rhgd,hnd->rhgn", clamped_query, clamped_key)
             beyond = difference > self.pattern.distance_limit
-            scores = torch.where(beyond[:, None, None], far_scores, scores)
+            scores = torch.where(beyond[:, None, None], clamped, scores)
         scores = scores * self.rules.scale
         if self.rules.softcap is not None:
             scores = self.rules.softcap * (scores / self.rules.softcap).tanh()

@@ -177,7 +177,7 @@ class LambdaAttentionBackend(AttentionBackend):
         process built last; the metadata builder, which is told the engine, checks that it was.
 
         It is asked once all models of a process are there as they will run (adapters, drafters,
-        buffers for communication), before memory is measured: the time to settle how layers turn
+        buffers for communication), before memory is measured: the time to settle how layers rotate
         queries and keys.
         """
         engine = LambdaAttentionImpl.built_last.engine
@@ -446,7 +446,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         device before there is a cache: a workspace is made here.
 
         Args:
-            rotary: by which its queries and keys are turned.
+            rotary: by which its queries and keys are rotated.
         """
         self.rotary = rotary
         if rotary is not None:
@@ -519,7 +519,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
         """
         if self.kernel is None:
-            raise RuntimeError("the layer ran before it was known how it turns queries and keys")
+            raise RuntimeError("the layer ran before it was known how it rotates queries and keys")
         kernel = self.kernel_for(kv_cache.shape[2], kv_cache.dtype)
         key_scale, value_scale = (getattr(layer, name, None) for name in ("_k_scale", "_v_scale"))
         cache = PagedCache.of(kv_cache, self._stored(kv_cache.dtype), key_scale, value_scale)

@@ -159,7 +159,7 @@ def _model_reasons(model: "ModelConfig", runner_type: str) -> list[str]:
     layers = f"layers 0 to {model.get_total_num_hidden_layers() - 1}"
     if model.use_mla:
         reasons.append(
-            f"{layers}: multi-head latent attention (MLA): its cache holds no keys to turn back"
+            f"{layers}: multi-head latent attention (MLA): its cache holds no keys to rotate back"
         )
     if model.uses_mrope:
         reasons.append(f"{layers}: M-RoPE: a multimodal position is no single distance")
@@ -185,7 +185,7 @@ def _feature_reasons(config: "VllmConfig") -> list[str]:
     cache_dtype = config.cache_config.cache_dtype
     if cache_dtype_of(cache_dtype, config.model_config.dtype) is None:
         reasons.append(
-            f"--kv-cache-dtype {cache_dtype}: global keys are read back to be turned, and no "
+            f"--kv-cache-dtype {cache_dtype}: global keys are read back to be rotated, and no "
             "kernel reads this; use auto, or fp8 on a GPU"
         )
     reasons += speculation.reasons_against(config)

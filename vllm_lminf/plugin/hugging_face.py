@@ -1,6 +1,6 @@
 """Models that vLLM runs in Hugging Face's code: their rotary modules, read and made exact.
 
-Such a module turns nothing itself: it hands cosines and sines to all layers, in one of a few
+Such a module rotates nothing itself: it hands cosines and sines to all layers, in one of a few
 layouts.
 """
 
@@ -35,7 +35,7 @@ class ExactPositionEmbeddings(nn.Module):
     """Takes the place of Hugging Face's rotary module: same angles, exact at any position.
 
     Args:
-        specs: what is turned in each type of layers; under None where all are alike.
+        specs: what is rotated in each type of layers; under None where all are alike.
         layout: how the module hands angles out.
         keeps_float32: whether it does so in float32, whatever the model's dtype.
         device: where the model is.
@@ -56,7 +56,7 @@ class ExactPositionEmbeddings(nn.Module):
             tables = RotationTables(spec.inv_freq, device)
             setattr(self, f"{layer_type}_tables", tables)
             setattr(self, f"{layer_type}_magnitude", spec.magnitude)
-            # Which dimensions make a pair, and which way it is turned, is up to the layers.
+            # Which dimensions make a pair, and which way it is rotated, is up to the layers.
             backwards = replace(spec, inv_freq=-spec.inv_freq)
             for way, its_tables in (
                 (spec, tables),

@@ -34,7 +34,7 @@ class Layer(probe.Layer, Protocol):
     kernel_class: type[Kernel]
 
     def make_ready(self, rotary: Rotary | None) -> None:
-        """Is called with the rotation that turns the layer's queries and keys."""
+        """Is called with the rotation of the layer's queries and keys."""
 
 
 class LoadedModels:
@@ -147,7 +147,7 @@ def make_rotations_exact(
         model: the model.
         device: where it is.
         distance_limit: its own; see `vllm_lminf.plugin.rotary.make_exact`.
-        compiled: whether the compiled kernel for CPUs turns queries and keys.
+        compiled: whether the compiled kernel for CPUs rotates queries and keys.
 
     Returns:
         Modules that are left as they are, and why. Layers that run them aren't served; there may be

@@ -1,10 +1,10 @@
-"""Which rotation turns the queries and keys of each layer: found out by running the loaded model.
+"""The rotation of the queries and keys of each layer: found out by running the loaded model.
 
 A model is run on the same few tokens at different positions, in the way that vLLM warms a model up:
 its attention layers give zeros, so that what enters each of them depends on its token and nothing
 else. Between a run at position 0 and one at position p, queries and keys must then differ by the
 rotation by p of one of the model's rotary modules, and values must not differ. Everything that
-isn't so (layers that turn nothing, parts of heads that aren't the leading one, learned positions,
+isn't so (layers that rotate nothing, parts of heads that aren't the leading one, learned positions,
 factors that depend on the position) shows in these numbers, whatever the model's code is like.
 """
 
@@ -84,7 +84,7 @@ def find_rotations(
         unserved: rotary modules that aren't exact, and why.
 
     Returns:
-        The rotation of each layer; None for one that turns nothing and need not.
+        The rotation of each layer; None for one that rotates nothing and need not.
 
     Raises:
         UnsupportedError: a layer isn't served; all of them are named.
@@ -139,7 +139,7 @@ def _find_rotation(impl: Layer, rest: _Seen, seen: _Seen, positions: torch.Tenso
         )
     has_alibi = impl.rules.alibi_slopes is not None
     candidates: list[Rotary | None] = [] if has_alibi else list(seen.rotations)
-    # Without global tokens all distances are true ones, and nothing is ever turned.
+    # Without global tokens all distances are true ones, and nothing is ever rotated.
     if has_alibi or impl.pattern.n_global == 0:
         candidates.append(None)
     for rotary in candidates:
@@ -147,7 +147,7 @@ def _find_rotation(impl: Layer, rest: _Seen, seen: _Seen, positions: torch.Tenso
             _check_scale(impl.engine, *scale)
             return rotary
     if has_alibi:
-        raise UnsupportedError(["it has ALiBi, and its queries and keys are turned as well"])
+        raise UnsupportedError(["it has ALiBi, and its queries and keys are rotated as well"])
     if _scale_of_queries(rest, seen, positions, None):
         raise UnsupportedError(
             [
@@ -157,7 +157,7 @@ def _find_rotation(impl: Layer, rest: _Seen, seen: _Seen, positions: torch.Tenso
         )
     raise UnsupportedError(
         [
-            f"its queries and keys, {impl.head_size} dimensions each, aren't turned by a rotation "
+            f"its queries and keys, {impl.head_size} dimensions each, aren't rotated by a rotation "
             f"of a head's leading dimensions that is known ({_named(seen.rotations)})"
         ]
     )
@@ -165,7 +165,7 @@ def _find_rotation(impl: Layer, rest: _Seen, seen: _Seen, positions: torch.Tenso
 
 def _named(rotations: Iterable[Rotary]) -> str:
     dims = sorted({rotary.spec.rotary_dim for rotary in rotations})
-    return f"those called turn {', '.join(map(str, dims))} of them" if dims else "none was called"
+    return f"those called rotate {', '.join(map(str, dims))} of them" if dims else "none was called"
 
 
 def _scale_of_queries(
@@ -177,7 +177,7 @@ def _scale_of_queries(
         The factor that is furthest from 1, rounded to 1 if that is within the tolerance, and its
         position; None if it isn't this rotation.
     """
-    query, key = (_turn(x, positions, rotary) for x in (rest.query, rest.key))
+    query, key = (_rotate(x, positions, rotary) for x in (rest.query, rest.key))
     if query is None or key is None or not _is_same(seen.key, key, seen.tolerance):
         return None
     scale = (seen.query * query).sum((1, 2)) / query.square().sum((1, 2))
@@ -189,7 +189,7 @@ def _scale_of_queries(
     return (factor if abs(factor - 1) > seen.tolerance / 8 else 1.0), int(positions[worst])
 
 
-def _turn(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary | None) -> torch.Tensor | None:
+def _rotate(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary | None) -> torch.Tensor | None:
     if rotary is None:
         return x
     if rotary.spec.rotary_dim > x.shape[-1]:
@@ -285,7 +285,7 @@ class _Runs:
                 raise UnsupportedError(
                     [
                         f"a trial run of {type(self._model).__name__} at positions up to "
-                        f"{int(positions.max())}, to see how its layers turn queries and keys, "
+                        f"{int(positions.max())}, to see how its layers rotate queries and keys, "
                         f"failed: {error!r}"
                     ]
                 ) from error

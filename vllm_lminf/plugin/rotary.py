@@ -33,7 +33,7 @@ class Rotary:
     share it share what follows from it.
 
     Attributes:
-        spec: what is turned, and how fast.
+        spec: what is rotated, and how fast.
         tables: cosines and sines.
     """
 
@@ -83,23 +83,23 @@ class ExactRotaryEmbedding(nn.Module):
         if positions.dim() != 1:
             positions = positions.flatten()
         if self.fused and _computes(query):
-            return self._turn_fused(positions, query, key)
+            return self._rotate_fused(positions, query, key)
         if torch.compiler.is_compiling():
             cos_sin = self._compute_cos_sin(positions)
-            turned = self._turn_traced(query, cos_sin)
-            return turned, None if key is None else self._turn_traced(key, cos_sin)
+            rotated = self._rotate_traced(query, cos_sin)
+            return rotated, None if key is None else self._rotate_traced(key, cos_sin)
         if not self.compiled:
             cos_sin = self._of_step(positions, self._compute_cos_sin)
-            turned = self._turn_by_operator(query, cos_sin)
-            return turned, None if key is None else self._turn_by_operator(key, cos_sin)
+            rotated = self._rotate_by_operator(query, cos_sin)
+            return rotated, None if key is None else self._rotate_by_operator(key, cos_sin)
         rotation = self._of_step(positions, self._compute_rotation)
         query = self._with_heads_together(query)
         key = None if key is None else self._with_heads_together(key)
-        rotation.turn(query, key)
+        rotation.rotate(query, key)
         return query, key
 
     def _with_heads_together(self, x: torch.Tensor) -> torch.Tensor:
-        """A copy, where the dimensions to turn are parts of longer heads, as DeepSeek's."""
+        """A copy, where the dimensions to rotate are parts of longer heads, as DeepSeek's."""
         if x.dim() == 3 and x.stride(1) != self.head_size:
             return x.contiguous()
         return x
@@ -142,36 +142,41 @@ class ExactRotaryEmbedding(nn.Module):
         cos_sin = torch.cat(self.tables(positions), dim=-1)
         return cos_sin if self.spec.magnitude == 1.0 else cos_sin * self.spec.magnitude
 
-    def _turn_fused(
+    def _rotate_fused(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One launch for both, from the tables. Nothing is kept for the other layers of the step:
         where vLLM cuts a compiled model at its attention layers, they share nothing."""
         from vllm_lminf.kernels.triton.rotary import rotary_embedding
 
-        turn = (
+        operator = (
             torch.ops.lminf.rotary_embedding if torch.compiler.is_compiling() else rotary_embedding
         )
-        turned_query, turned_key = turn(
+        rotated_query, rotated_key = operator(
             positions, query, key, self.tables.tables,
             self.head_size, self.spec.is_neox_style, self.spec.magnitude,
         )  # fmt: skip
-        return turned_query, None if key is None else turned_key
+        return rotated_query, None if key is None else rotated_key
 
-    def _turn_by_operator(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    def _rotate_by_operator(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
         """vLLM's own rotary operator, handed a table that holds just this step's rows.
 
         In float32, whatever x is: the operator takes the table in x's dtype, and cosines rounded to
-        16 bits make no rotation that could be turned back.
+        16 bits make no rotation that could be rotated back.
         """
         rows = torch.arange(cos_sin.shape[0], device=x.device)
-        turned = x.to(torch.float32, copy=True)
+        rotated = x.to(torch.float32, copy=True)
         ops.rotary_embedding(
-            rows, turned.view(len(rows), -1), None, self.head_size, cos_sin, self.spec.is_neox_style
+            rows,
+            rotated.view(len(rows), -1),
+            None,
+            self.head_size,
+            cos_sin,
+            self.spec.is_neox_style,
         )
-        return turned.to(x.dtype)
+        return rotated.to(x.dtype)
 
-    def _turn_traced(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    def _rotate_traced(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
         """The same in terms that a compiler fuses with what is around it."""
         cos, sin = cos_sin.chunk(2, dim=-1)
         heads = x.view(cos.shape[0], -1, self.head_size)
@@ -179,7 +184,7 @@ class ExactRotaryEmbedding(nn.Module):
 
 
 def _has_fused_rotation(device: torch.device) -> bool:
-    """Whether Triton turns heads there: on GPUs, and where its kernels are interpreted."""
+    """Whether Triton rotates heads there: on GPUs, and where its kernels are interpreted."""
     if importlib.util.find_spec("triton") is None:
         return False
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
@@ -254,7 +259,7 @@ def read_spec(module: Any, name: str, distance_limit: int) -> RotarySpec:
             inv_freq = module._compute_inv_freq(module.base * module.scaling_alpha**exponent)
         elif kind is Phi3LongRoPEScaledRotaryEmbedding:
             inv_freq, magnitude, rows = _read_long_rope(module, distance_limit)
-        elif isinstance(module, RotaryEmbedding) and _turns_by_its_table(kind):
+        elif isinstance(module, RotaryEmbedding) and _differs_by_its_table_alone(kind):
             # Dynamic NTK among them: its base grows once a sequence passes the trained length.
             # Distances never do here, so it stays what the model was trained with.
             inv_freq = module._compute_inv_freq(module.base)
@@ -269,7 +274,7 @@ def read_spec(module: Any, name: str, distance_limit: int) -> RotarySpec:
     return spec
 
 
-def _turns_by_its_table(kind: type[RotaryEmbedding]) -> bool:
+def _differs_by_its_table_alone(kind: type[RotaryEmbedding]) -> bool:
     """Whether a kind differs from the plain one in the frequencies of its table alone."""
     own = kind.__mro__[: kind.__mro__.index(RotaryEmbedding)]
     return not any(name.startswith("forward") for ancestor in own for name in vars(ancestor))

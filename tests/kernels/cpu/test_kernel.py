@@ -57,7 +57,7 @@ def exact_and_tolerance(batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor,
 def test_the_oracle(case: Case, dtype: torch.dtype) -> None:
     batch = make_batch(case)
     exact, tolerance = exact_and_tolerance(batch, dtype)
-    output = batch.run_cpu(dtype, batch.far(), ScoreRules(batch.scale))
+    output = batch.run_cpu(dtype, batch.inverse_rotations(), ScoreRules(batch.scale))
     assert output.dtype == dtype
     assert_close(output, exact, tolerance)
 
@@ -67,7 +67,7 @@ def test_far_positions(case: Case) -> None:
     """Up to 2**31 - 1. Inputs are rounded to float32 once, sums of up to 80 terms of size 1 are
     formed in it, and two rotations of a far pair are off by 4e-7 rad each at the most."""
     batch = make_batch(case)
-    output = batch.run_cpu(torch.float32, batch.far(), ScoreRules(batch.scale))
+    output = batch.run_cpu(torch.float32, batch.inverse_rotations(), ScoreRules(batch.scale))
     assert_close(output, batch.run_literal(), 3e-6)
 
 
@@ -155,14 +155,14 @@ class TestSameToTheBit:
         batch = make_batch(
             Case("mixed", ((700, 1), (90, 40), (0, 5), (1999, 1)), pattern=(10, 600, 600))
         )
-        together = batch.run_cpu(dtype, batch.far(), ScoreRules(batch.scale))
+        together = batch.run_cpu(dtype, batch.inverse_rotations(), ScoreRules(batch.scale))
         for row, (start, end) in enumerate(itertools.pairwise(batch.query_start_loc)):
             alone = dataclasses.replace(
                 batch,
                 block_table=batch.block_table[row : row + 1],
                 stretches=batch.stretches[row : row + 1],
             )
-            output = alone.run_cpu(dtype, alone.far(), ScoreRules(batch.scale))
+            output = alone.run_cpu(dtype, alone.inverse_rotations(), ScoreRules(batch.scale))
             assert torch.equal(output, together[start:end])
 
     def test_at_once_and_in_chunks(self, dtype: torch.dtype) -> None:
@@ -180,7 +180,9 @@ class TestSameToTheBit:
         try:
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
-                outputs.append(batch.run_cpu(dtype, batch.far(), ScoreRules(batch.scale)))
+                outputs.append(
+                    batch.run_cpu(dtype, batch.inverse_rotations(), ScoreRules(batch.scale))
+                )
         finally:
             torch.set_num_threads(before)
         assert torch.equal(outputs[0], outputs[1])
@@ -214,7 +216,7 @@ def test_random_batches(case: Case, seed: int, dtype: torch.dtype) -> None:
     """A fixed tolerance: of few queries, the oracle may lose next to nothing by chance. Scores of
     size 1 are off by some units in the last place, and so are weights and values."""
     batch = make_batch(case, seed)
-    output = batch.run_cpu(dtype, batch.far(), ScoreRules(batch.scale))
+    output = batch.run_cpu(dtype, batch.inverse_rotations(), ScoreRules(batch.scale))
     assert_close(output, batch.run_oracle(), 24 * torch.finfo(dtype).eps)
 
 
@@ -338,7 +340,7 @@ class TestRotation:
         cos, sin = RotationTables(make_rotary(rotary_dim).inv_freq)(positions)
         part = whole[:, 3 : 3 + 5 * 64]
         exact = rotate(part.double().view(tokens, 5, 64), cos, sin, is_neox_style)
-        CpuRotation(torch.cat((cos, sin), dim=-1), 64, is_neox_style).turn(part)
+        CpuRotation(torch.cat((cos, sin), dim=-1), 64, is_neox_style).rotate(part)
         tolerance = 4 * torch.finfo(dtype).eps
         assert_close(part.view(tokens, 5, 64), exact, tolerance)
         assert torch.equal(whole[:, :3], before[:, :3])
@@ -350,7 +352,7 @@ class TestRotation:
         x = torch.randn(4, 3, 32)
         cos, sin = RotationTables(make_rotary(32).inv_freq)(torch.arange(4))
         expected = rotate(x, cos, sin, True)
-        CpuRotation(torch.cat((cos, sin), dim=-1), 32, True).turn(x)
+        CpuRotation(torch.cat((cos, sin), dim=-1), 32, True).rotate(x)
         torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -361,7 +363,7 @@ class TestRotation:
         for whole in (torch.randn(5, 6 * 32), torch.randn(5, 9 * 32)):
             query, key = whole.to(dtype).split([whole.shape[1] - 64, 64], dim=1)
             exact = [rotate(x.double().view(5, -1, 32), cos, sin, True) for x in (query, key)]
-            rotation.turn(query, key.view(5, 2, 32))
+            rotation.rotate(query, key.view(5, 2, 32))
             for turned, expected in zip((query, key), exact, strict=True):
                 assert_close(turned.view(5, -1, 32), expected, 4 * torch.finfo(dtype).eps)
 
@@ -370,19 +372,19 @@ class TestRotation:
         cos, sin = RotationTables(make_rotary(32).inv_freq)(torch.arange(5))
         key = torch.randn(5, 96)[:, 40:72].unsqueeze(1).as_strided((5, 1, 32), (96, 96, 1), 40)
         exact = rotate(key.double(), cos, sin, True)
-        CpuRotation(torch.cat((cos, sin), dim=-1), 32, True).turn(key)
+        CpuRotation(torch.cat((cos, sin), dim=-1), 32, True).rotate(key)
         assert_close(key, exact, 4 * torch.finfo(key.dtype).eps)
 
     def test_no_tokens(self) -> None:
-        CpuRotation(torch.empty(0, 32), 32, True).turn(torch.empty(0, 64), torch.empty(0, 32))
+        CpuRotation(torch.empty(0, 32), 32, True).rotate(torch.empty(0, 64), torch.empty(0, 32))
 
     def test_other_tensors_are_refused(self) -> None:
         cos_sin = torch.ones(4, 32)
         with pytest.raises(ValueError, match="fit"):
-            CpuRotation(cos_sin, 32, True).turn(torch.ones(3, 64))
+            CpuRotation(cos_sin, 32, True).rotate(torch.ones(3, 64))
         with pytest.raises(ValueError, match="fit"):
-            CpuRotation(cos_sin, 32, True).turn(torch.ones(4, 64), torch.ones(4, 64).half())
+            CpuRotation(cos_sin, 32, True).rotate(torch.ones(4, 64), torch.ones(4, 64).half())
         with pytest.raises(ValueError, match="float32"):
             CpuRotation(cos_sin.double(), 32, True)
         with pytest.raises(ValueError, match="lie together"):
-            CpuRotation(cos_sin, 32, True).turn(torch.ones(4, 3, 64)[..., ::2])
+            CpuRotation(cos_sin, 32, True).rotate(torch.ones(4, 3, 64)[..., ::2])

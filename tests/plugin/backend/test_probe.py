@@ -150,7 +150,7 @@ def test_wherever_the_rotary_module_is() -> None:
 )
 def test_anything_else_is_refused_by_name(turn: Any) -> None:
     model = Model(by_rotary_module, turn)
-    with pytest.raises(UnsupportedError, match=r"layer layers\.1\.attn: .* aren't turned by"):
+    with pytest.raises(UnsupportedError, match=r"layer layers\.1\.attn: .* aren't rotated by"):
         settle(model)
     assert [impl.kernel for impl in model.impls] == [None, None]
     assert not model.layers[0].rotary_emb._forward_pre_hooks
@@ -162,7 +162,7 @@ def test_angles_that_lose_digits_are_refused() -> None:
     model = Model(
         by_rotary_module, lambda attention, positions, query, key: own(positions, query, key)
     )
-    with pytest.raises(UnsupportedError, match=r"layer layers\.1\.attn: .* aren't turned by"):
+    with pytest.raises(UnsupportedError, match=r"layer layers\.1\.attn: .* aren't rotated by"):
         settle(model)
 
 
@@ -199,7 +199,7 @@ class TestAlibi:
         assert model.impls[0].kernel is not None
 
     def test_rotation_as_well_is_refused(self) -> None:
-        with pytest.raises(UnsupportedError, match="ALiBi, and its queries and keys are turned"):
+        with pytest.raises(UnsupportedError, match="ALiBi, and its queries and keys are rotated"):
             settle(Model(by_rotary_module, alibi_slopes=[0.1] * 4))
 
 

@@ -16,7 +16,7 @@ import torch
 from vllm_lminf.errors import BuildError
 from vllm_lminf.kernels.base import DeviceBatch, Kernel, LayerConfig, PagedCache
 from vllm_lminf.kernels.cpu import build
-from vllm_lminf.kernels.host_batch import FarRotations, HostBatch
+from vllm_lminf.kernels.host_batch import HostBatch, InverseRotations
 from vllm_lminf.pattern import cdiv
 
 _LANES = 16
@@ -130,23 +130,23 @@ class CpuBatch:
             distance_limit=layer.pattern.distance_limit,
         )
         if layer.far_rotation is not None:
-            self._set_rotations(host.far(layer.far_rotation, layer.pattern))
+            self._set_rotations(host.inverse_rotations(layer.far_rotation, layer.pattern))
         self.argument = ctypes.byref(self.struct)
 
-    def _set_rotations(self, far: FarRotations) -> None:
-        num_global = len(far.key_cos)
+    def _set_rotations(self, inverse: InverseRotations) -> None:
+        num_global = len(inverse.key_cos)
         key_stride = cdiv(num_global, _LANES) * _LANES
-        query_cos, query_sin = far.query_cos.contiguous(), far.query_sin.contiguous()
+        query_cos, query_sin = inverse.query_cos.contiguous(), inverse.query_sin.contiguous()
         key_cos, key_sin = (
             torch.nn.functional.pad(x.T, (0, key_stride - num_global)).contiguous()
-            for x in (far.key_cos, far.key_sin)
+            for x in (inverse.key_cos, inverse.key_sin)
         )
         self._keep += [query_cos, query_sin, key_cos, key_sin]
         self.struct.query_cos, self.struct.query_sin = query_cos.data_ptr(), query_sin.data_ptr()
         self.struct.key_cos, self.struct.key_sin = key_cos.data_ptr(), key_sin.data_ptr()
         self.struct.key_stride = key_stride
         self.struct.rotary_half = query_cos.shape[1]
-        self.struct.is_neox_style = far.is_neox_style
+        self.struct.is_neox_style = inverse.is_neox_style
 
 
 class CpuKernel(Kernel):
@@ -212,8 +212,8 @@ class CpuKernel(Kernel):
         self._argument = ctypes.byref(self._struct)
         self._cache: Callable[[], PagedCache | None] = lambda: None
         # Numbers: they are looked up at every step.
-        turns = () if far is None else (id(far.tables), far.is_neox_style)
-        self._batch_key = ("cpu", *astuple(layer.pattern), *turns)
+        rotation = () if far is None else (id(far.tables), far.is_neox_style)
+        self._batch_key = ("cpu", *astuple(layer.pattern), *rotation)
 
     def write_cache(
         self,
@@ -277,7 +277,7 @@ class CpuRotation:
 
     Args:
         cos_sin: cosines, then sines; float32 [num_tokens, rotary_dim], contiguous, on the CPU.
-        head_size: dimensions of a head; the leading rotary_dim of them are turned.
+        head_size: dimensions of a head; the leading rotary_dim of them are rotated.
         is_neox_style: how pairs are laid out, see `vllm_lminf.rope.RotarySpec`.
     """
 
@@ -296,8 +296,8 @@ class CpuRotation:
         self._layout: tuple[object, ...] | None = None
         self._rotate: Any = None
 
-    def turn(self, query: torch.Tensor, key: torch.Tensor | None = None) -> None:
-        """Turns the heads of every token in place, in float32 whatever their dtype.
+    def rotate(self, query: torch.Tensor, key: torch.Tensor | None = None) -> None:
+        """Rotates the heads of every token in place, in float32 whatever their dtype.
 
         Args:
             query: shape [num_tokens, num_heads * head_size] or [num_tokens, num_heads, head_size],
