@@ -16,20 +16,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from packaging.version import Version
-from torch.nn import functional
 
 from vllm_lminf.kernels.base import DeviceBatch, LayerConfig, PagedCache
 from vllm_lminf.kernels.triton.layer import TritonCacheKernel
-from vllm_lminf.rope import rotate
 
 if TYPE_CHECKING:
-    from vllm_lminf.kernels.xformers_plan import Operators, Pages, Part
+    from vllm_lminf.kernels.xformers_plan import Operators
 
-Partial = tuple[torch.Tensor, torch.Tensor]
-"""Attention over some of the keys [1, num_rows, num_kv_heads, group, head_size], and its
-log-sum-exp, float32 [1, num_kv_heads, group, num_rows]."""
-
-_DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -82,24 +75,22 @@ class XformersKernel(TritonCacheKernel):
 
     @classmethod
     def unsupported_reasons(cls, layer: LayerConfig) -> list[str]:
-        heads, capability, block_size = layer.heads, layer.capability, layer.block_size
-        on_cuda = layer.device.type == "cuda"
+        heads, rules, on_cuda = layer.heads, layer.rules, layer.device.type == "cuda"
+        capability = ".".join(map(str, layer.capability or ()))
         sizes = ", ".join(map(str, _HEAD_SIZES))
+        instead = "choose kernel triton"
         table = (
             (not on_cuda, f"xformers runs on CUDA devices, not on {layer.device.type!r}"),
             (
-                on_cuda and capability is None,
-                "xformers is used with its operators for NVIDIA's devices alone: choose kernel "
-                "triton",
+                on_cuda and not capability,
+                f"xformers' operators are used for NVIDIA's devices alone: {instead}",
             ),
             (
-                on_cuda and capability is not None and capability < (8, 0),
-                "compute capability {}.{}: xformers' operators take 8.0 and newer".format(
-                    *capability or (0, 0)
-                ),
+                on_cuda and (layer.capability or (8, 0)) < (8, 0),
+                f"compute capability {capability}: xformers' operators take 8.0 and newer",
             ),
             (
-                heads.dtype not in _DTYPES,
+                heads.dtype not in (torch.float16, torch.bfloat16),
                 f"{heads.dtype}: xformers' operators take float16 and bfloat16; choose --dtype "
                 "bfloat16, or kernel triton",
             ),
@@ -110,22 +101,19 @@ class XformersKernel(TritonCacheKernel):
             ),
             (
                 heads.head_size not in _HEAD_SIZES,
-                f"heads of {heads.head_size} dimensions: xformers' operators take {sizes}; choose "
-                "kernel triton",
+                f"heads of {heads.head_size} dimensions: xformers' operators take {sizes}; "
+                f"{instead}",
             ),
             (
-                block_size % 16 != 0,
-                f"blocks of {block_size} tokens: xformers' operators take multiples of 16; set "
-                "--block-size 16",
+                layer.block_size % 16 != 0,
+                f"blocks of {layer.block_size} tokens: xformers' operators take multiples of 16; "
+                "set --block-size 16",
             ),
             (
-                layer.rules.softcap is not None,
-                "a soft-cap on scores: xformers' operators have none; choose kernel triton",
+                rules.softcap is not None,
+                f"a soft-cap on scores: xformers' operators have none; {instead}",
             ),
-            (
-                layer.rules.alibi_slopes is not None,
-                "ALiBi: xformers' operators have none; choose kernel triton",
-            ),
+            (rules.alibi_slopes is not None, f"ALiBi: xformers' operators have none; {instead}"),
         )
         return [reason for applies, reason in table if applies] + _library_reasons()
 
@@ -143,13 +131,12 @@ class XformersKernel(TritonCacheKernel):
                 f"kernel 'xformers': the installed xformers can't be imported ({error}); mend what "
                 "is named, or choose kernel triton"
             ) from error
-        heads, rules = layer.heads, layer.rules
+        rules = layer.rules
         if rules.softcap is not None or rules.alibi_slopes is not None:
             raise ValueError("xformers' operators serve neither a soft-cap nor ALiBi")
         super().__init__(layer)
         self._planning = xformers_plan
         self._operators = operators or xformers_plan.default_operators()
-        self._group = heads.num_heads // heads.num_kv_heads
         self._pattern = layer.pattern
         self._rotation = layer.far_rotation
         self._scale = float(rules.scale)
@@ -172,29 +159,33 @@ class XformersKernel(TritonCacheKernel):
     def attend(
         self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
     ) -> None:
-        """See `Kernel`.
-
-        Args:
-            query: see `Kernel`.
-            cache: likewise, in any memory order in which tokens are evenly spaced from block to
-                block, see `xformers_plan.Pages`. The slots before a window, in the block where it
-                starts, hold finite numbers: they are the request's own.
-            batch: see `Kernel`.
-            output: likewise.
+        """See `Kernel`. The cache may have any memory order in which tokens are evenly spaced from
+        block to block, see `xformers_plan.Pages`. The slots before a window, in the block where it
+        starts, hold finite numbers: they are the request's own.
 
         Raises:
             ValueError: the cache's memory order isn't served.
         """
         if query.shape[0] == 0 or batch.seq_lens.shape[0] == 0:
             return
-        pages = self._planning.Pages.of(cache)
-        first, *others = self._plan(batch, query.shape[0], cache, pages)
-        result, lse = _merge(None, self._attend(query, cache, pages, first), first.rows, query)
-        for part in others:
-            partial = self._attend(query, cache, pages, part)
-            result, lse = _merge((result, lse), partial, part.rows, query)
+        planning = self._planning
+        pages = planning.Pages.of(cache)
+        of_plan = (
+            query.shape[0],
+            self._pattern,
+            self._rotation,
+            *cache.key.shape[1:3],
+            pages.pages_per_block,
+            self._operators,
+        )
+        name = ("xformers", *of_plan)
+        if name not in batch.shared:  # made by the first of the layers that are alike
+            batch.shared[name] = planning.make_plan(batch, *of_plan)
+        result, lse = planning.attend(
+            batch.shared[name], query, cache, pages, self._scale, self._rotation
+        )
         if self._sinks is not None:
-            sinks = self._sinks.float().view(1, -1, self._group, 1)
+            sinks = self._sinks.float().view(1, cache.key.shape[1], -1, 1)
             share = (lse - torch.logaddexp(lse, sinks)).exp()
             result = result * share.permute(0, 3, 1, 2)[..., None]
         output.copy_(result.view(output.shape))
@@ -214,70 +205,3 @@ class XformersKernel(TritonCacheKernel):
             lens = torch.full_like(start[1:], queries)
             table = torch.zeros_like(lens[:, None])
             self.attend(query, cache, DeviceBatch(start, lens, table, queries), output)
-
-    def _plan(
-        self, batch: DeviceBatch, num_tokens: int, cache: PagedCache, pages: "Pages"
-    ) -> list["Part"]:
-        """The batch's plan, made by the first of the layers that are alike."""
-        arguments = (
-            num_tokens,
-            self._pattern,
-            self._rotation,
-            *cache.key.shape[1:3],
-            pages.pages_per_block,
-            self._operators,
-        )
-        name = ("xformers", *arguments)
-        if name not in batch.shared:
-            batch.shared[name] = self._planning.make_plan(batch, *arguments)
-        plan: list[Part] = batch.shared[name]
-        return plan
-
-    def _attend(
-        self, query: torch.Tensor, cache: PagedCache, pages: "Pages", part: "Part"
-    ) -> Partial:
-        """Computes one part."""
-        from xformers.ops.fmha import memory_efficient_attention_partial
-
-        key, value = pages.key, pages.value
-        if part.slots is not None:
-            key, value = (half.transpose(1, 2)[part.slots] for half in (cache.key, cache.value))
-        if part.rows is not None:
-            query = query[part.rows]
-        if self._rotation is not None and part.query_angles and part.key_angles:
-            query = rotate(query, *part.query_angles, self._rotation.is_neox_style)
-            key = rotate(key, *part.key_angles, self._rotation.is_neox_style)
-        num_rows, num_heads, head_size = query.shape
-        num_kv_heads = self._heads.num_kv_heads
-        heads = (1, -1, num_kv_heads, num_heads // num_kv_heads, head_size)
-        key, value = (
-            half.reshape(1, -1, num_kv_heads, 1, head_size).expand(heads) for half in (key, value)
-        )
-        query = functional.pad(query, (0, 0, 0, 0, 0, part.padding)).reshape(heads)
-        result, lse = memory_efficient_attention_partial(
-            query, key, value, part.bias, scale=self._scale, op=part.operator
-        )
-        return result[:, :num_rows], lse[..., :num_rows].float()
-
-
-def _merge(
-    merged: Partial | None, partial: Partial, rows: torch.Tensor | None, query: torch.Tensor
-) -> Partial:
-    """One softmax over the keys of both: ``merged`` is of all rows of the query, or None for no
-    keys so far, ``partial`` of ``rows`` (None: all)."""
-    from xformers.ops.fmha import merge_attentions
-
-    if merged is None and rows is None:
-        return partial
-    if merged is None:
-        result, lse = (x.new_zeros((), dtype=torch.float32) for x in partial)
-        merged = (
-            result.expand(1, query.shape[0], *partial[0].shape[2:]),
-            (lse - torch.inf).expand(*partial[1].shape[:3], query.shape[0]),
-        )
-    before = merged if rows is None else (merged[0][:, rows], merged[1][..., rows])
-    both = zip(before, partial, strict=True)
-    result, lse = merge_attentions(*both, output_dtype=torch.float32)
-    if rows is None:
-        return result, lse
-    return merged[0].float().index_copy(1, rows, result), merged[1].index_copy(3, rows, lse)

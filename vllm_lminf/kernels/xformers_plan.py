@@ -1,4 +1,4 @@
-"""Which partial attentions xformers computes for a batch: rows, keys and biases. Imports xformers.
+"""Which partial attentions xformers computes for a batch, and their merge. Imports xformers.
 
 All that is used of xformers is public in 0.0.35, but for what `_paged_bias` relies on.
 """
@@ -13,8 +13,13 @@ from xformers.ops.fmha import attn_bias
 
 from vllm_lminf.kernels.base import DeviceBatch, PagedCache, Rotation
 from vllm_lminf.pattern import MAX_POSITION, LambdaPattern, cdiv
+from vllm_lminf.rope import rotate
 
 TensorPair = tuple[torch.Tensor, torch.Tensor]
+
+Partial = tuple[torch.Tensor, torch.Tensor]
+"""Attention over some of the keys [1, num_rows, num_kv_heads, group, head_size], and its
+log-sum-exp, float32 [1, num_kv_heads, group, num_rows]."""
 
 FEW_QUERIES = 8
 """Requests with more queries are attended by FlashAttention."""
@@ -24,22 +29,22 @@ class Operators(NamedTuple):
     """The split-KV operator, for pages of a cache, and the one for gathered keys: None for the best
     that xformers finds."""
 
-    paged: Any
-    packed: Any
+    paged: Any = fmha.triton_splitk.FwOp
+    packed: Any = None
 
 
 def default_operators() -> Operators:
-    """The split-KV operator, and whatever FlashAttention xformers finds.
+    """What xformers itself has.
 
     Raises:
-        RuntimeError: it finds none.
+        RuntimeError: it finds no FlashAttention.
     """
     if not (fmha.flash.FwOp.is_available() or fmha.flash3.FwOp.is_available()):
         raise RuntimeError(
             "kernel 'xformers': the installed xformers finds no FlashAttention, neither PyTorch's "
             "own nor flash-attn: see `python -m xformers.info`, or choose kernel triton"
         )
-    return Operators(fmha.triton_splitk.FwOp, None)
+    return Operators()
 
 
 @dataclass(frozen=True)
@@ -169,9 +174,71 @@ def make_plan(
     for part in prefix:
         at = i if part.rows is None else i[part.rows]
         query_cos, query_sin = rotation.tables((at - limit).clamp(min=0))
-        angles = (query_cos, -query_sin), (cos, -sin)
-        parts.append(replace(part, slots=slots, query_angles=angles[0], key_angles=angles[1]))
+        parts.append(
+            replace(part, slots=slots, query_angles=(query_cos, -query_sin), key_angles=(cos, -sin))
+        )
     return parts
+
+
+def attend(
+    plan: list[Part],
+    query: torch.Tensor,
+    cache: PagedCache,
+    pages: Pages,
+    scale: float,
+    rotation: Rotation | None,
+) -> Partial:
+    """The plan's parts, merged to one softmax, for all rows of the query."""
+    result = lse = None
+    for part in plan:
+        partial = _attend_part(part, query, cache, pages, scale, rotation)
+        if result is None or lse is None:
+            if part.rows is None:
+                result, lse = partial
+                continue
+            shape = 1, query.shape[0], *partial[0].shape[2:]
+            result = partial[0].new_zeros(shape, dtype=torch.float32)
+            lse = partial[1].new_full((*partial[1].shape[:3], query.shape[0]), -torch.inf)
+        rows = slice(None) if part.rows is None else part.rows
+        both = zip((result[:, rows], lse[..., rows]), partial, strict=True)
+        merged = fmha.merge_attentions(*both, output_dtype=torch.float32)
+        if part.rows is None:
+            result, lse = merged
+        else:
+            result = result.float()
+            result[:, rows], lse[..., rows] = merged
+    assert result is not None
+    assert lse is not None  # a batch has rows
+    return result, lse
+
+
+def _attend_part(
+    part: Part,
+    query: torch.Tensor,
+    cache: PagedCache,
+    pages: Pages,
+    scale: float,
+    rotation: Rotation | None,
+) -> Partial:
+    key, value = pages.key, pages.value
+    if part.slots is not None:
+        key, value = (half.transpose(1, 2)[part.slots] for half in (cache.key, cache.value))
+    if part.rows is not None:
+        query = query[part.rows]
+    if rotation is not None and part.query_angles and part.key_angles:
+        query = rotate(query, *part.query_angles, rotation.is_neox_style)
+        key = rotate(key, *part.key_angles, rotation.is_neox_style)
+    num_rows, num_heads, head_size = query.shape
+    num_kv_heads = cache.key.shape[1]
+    heads = (1, -1, num_kv_heads, num_heads // num_kv_heads, head_size)
+    key, value = (
+        half.reshape(1, -1, num_kv_heads, 1, head_size).expand(heads) for half in (key, value)
+    )
+    query = functional.pad(query, (0, 0, 0, 0, 0, part.padding)).reshape(heads)
+    result, lse = fmha.memory_efficient_attention_partial(
+        query, key, value, part.bias, scale=scale, op=part.operator
+    )
+    return result[:, :num_rows], lse[..., :num_rows].float()
 
 
 def _owners(starts: torch.Tensor, lens: torch.Tensor, num_tokens: int) -> TensorPair:
@@ -226,7 +293,7 @@ class _LongRequests:
         request = self._is_long.nonzero().flatten().repeat_interleave(keys)
         position = torch.arange(len(request), device="cpu")
         position += (ends - keys.cumsum(0)).repeat_interleave(keys)
-        request, position = self._on_device(request), self._on_device(position)
+        request, position = (x.to(self._device, non_blocking=True) for x in (request, position))
         block = self._batch.block_table[request, position // block_size].long()
         rows = None if self._in_long.all() else self._rows(self._in_long)
         return [Part(bias, self._packed, rows, slots=(block, position % block_size))]
@@ -247,10 +314,7 @@ class _LongRequests:
         return [Part(bias, self._packed, self._rows(is_far))]
 
     def _rows(self, mask: torch.Tensor) -> torch.Tensor:
-        return self._on_device(mask.nonzero().flatten())
-
-    def _on_device(self, numbers: torch.Tensor) -> torch.Tensor:
-        return numbers.to(self._device, non_blocking=True)
+        return mask.nonzero().flatten().to(self._device, non_blocking=True)
 
 
 class _PagedParts:
