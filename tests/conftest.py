@@ -1,6 +1,8 @@
 """What tests of every kind share."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,25 @@ def model_path() -> str:
     if not (_MODEL / "config.json").is_file():
         pytest.fail(f"{_MODEL} holds no model: run `make model` first")
     return str(_MODEL)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What LMINF says in the log meanwhile.
+
+    By a filter, because the first engine of a process sets vLLM's logging up: that takes handlers
+    off, pytest's among them, and lets no record pass on to the root.
+    """
+    sentences: list[str] = []
+
+    def listen(record: logging.LogRecord) -> bool:
+        sentences.append(record.getMessage())
+        return True
+
+    logger = logging.getLogger("vllm.lminf")
+    logger.addFilter(listen)
+    yield sentences
+    logger.removeFilter(listen)
 
 
 @pytest.fixture(scope="session")

@@ -311,7 +311,7 @@ def largest_phase_error(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_exact_at_any_position(start: Start, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_exact_at_any_position(start: Start, name: str, said: list[str]) -> None:
     """Called as by an engine without a compiler, and traced for one: whole, for any number of
     tokens at once, without a look at what the positions are."""
     kind = KINDS[name]
@@ -337,12 +337,12 @@ def test_exact_at_any_position(start: Start, name: str, caplog: pytest.LogCaptur
     assert max(errors) < PHASE_TOLERANCE
     print(f"\n{name}: largest phase error {max(errors):.1e} rad")
     # Which factors LongRoPE takes is said in one line of the log; other kinds have no choice.
-    said = [r.getMessage() for r in caplog.records if "LongRoPE: " in r.getMessage()]
     wanted = {
         "longrope short": ["LongRoPE: distance_limit 256 takes the short factors"],
         "longrope long": ["LongRoPE: distance_limit 257 takes the long factors"],
     }
-    assert [line.partition(" (")[0] for line in said] == wanted.get(name, [])
+    choices = [line.partition(" (")[0] for line in said if line.startswith("LongRoPE: ")]
+    assert choices == wanted.get(name, [])
 
 
 def test_exact_when_compiled(start: Start) -> None:
@@ -358,7 +358,8 @@ def test_exact_when_compiled(start: Start) -> None:
 
 
 @pytest.mark.parametrize("name", ["longrope long", "phi"])
-def test_tables_do_not_grow_with_the_length(start: Start, name: str) -> None:
+def test_tables_do_not_grow_with_the_length(start: Start, name: str, said: list[str]) -> None:
+    """And what is told of the first engine of a process is told of the second, too."""
     sizes = []
     for max_model_len in (4096, 1_000_000):
         with start(KINDS[name], max_model_len=max_model_len) as llm:
@@ -367,3 +368,5 @@ def test_tables_do_not_grow_with_the_length(start: Start, name: str) -> None:
             ((rotary, _),) = rotary_modules(llm)
             assert sum(table.untyped_storage().nbytes() for table in rotary.buffers()) <= 4 << 20
     assert sizes[0] == sizes[1]
+    assert sum(line.startswith("LMINF is active: ") for line in said) == 2
+    assert sum(line.startswith("LongRoPE: ") for line in said) == (2 if "longrope" in name else 0)

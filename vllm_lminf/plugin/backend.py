@@ -17,7 +17,6 @@ from vllm.config import (
     get_layers_from_vllm_config,
 )
 from vllm.config.cache import CacheDType
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
@@ -53,7 +52,7 @@ from vllm_lminf.kernels.base import (
     ScoreRules,
 )
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import trained_length, versions
+from vllm_lminf.plugin import log, trained_length, versions
 from vllm_lminf.plugin.config import BACKEND_NAME, LambdaConfig
 from vllm_lminf.plugin.kv_cache import LambdaSpec
 from vllm_lminf.plugin.layer_config import (
@@ -66,8 +65,6 @@ from vllm_lminf.plugin.loaded_model import models
 from vllm_lminf.plugin.patterns import cache_pattern, layer_pattern, model_pattern
 from vllm_lminf.plugin.probe import Watch
 from vllm_lminf.plugin.rotary import Rotary
-
-logger = init_logger("vllm.lminf")
 
 _FP8: tuple[CacheDType, ...] = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -260,7 +257,7 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
         else:
             _warn_if_all_layers_have_windows(vllm_config)
         for sentence in sentences:
-            logger.warning_once("%s", sentence)
+            log.warning(vllm_config, "%s", sentence)
 
     @classmethod
     def get_cudagraph_support(
@@ -335,7 +332,8 @@ def _set_rejected_drafts_apart(batch: DeviceBatch, slot_mapping: torch.Tensor) -
 def _warn_if_all_layers_have_windows(config: VllmConfig) -> None:
     layers = get_layers_from_vllm_config(config, Attention).values()
     if all(layer.sliding_window is not None for layer in layers):
-        logger.warning_once(
+        log.warning(
+            config,
             "%s is selected, and every layer of this model has a sliding window of its own, which "
             "it keeps: n_global, n_local and distance_limit change nothing. Positions are exact "
             "beyond the trained length",
@@ -347,7 +345,8 @@ def _log_what_is_active(spec: LambdaSpec, config: VllmConfig, layers: Iterable[A
     model, resolved = config.model_config, LambdaConfig.of(config)
     impls: list[Any] = [layer.impl for layer in layers]
     kernels = {impl.kernel_name(spec.block_size, spec.dtype) for impl in impls if impl.kernel}
-    logger.info_once(
+    log.info(
+        config,
         "%s is active: kernel %s, n_global %d, n_local %d, distance_limit %d, "
         "trained length %s, max_model_len %d; a request holds at most %d blocks of %d tokens",
         BACKEND_NAME,
@@ -491,9 +490,10 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         if choice.kernel is None:
             raise UnsupportedError(choice.reasons)
         if choice.against and choice.kernel != registry.PLAIN:
-            logger.info_once("kernel %r runs: %s", choice.kernel, "; ".join(choice.reasons))
+            log.info(self.engine, "kernel %r runs: %s", choice.kernel, "; ".join(choice.reasons))
         elif choice.against:
-            logger.warning_once(
+            log.warning(
+                self.engine,
                 "the much slower PyTorch kernel runs%s: %s",
                 "" if layer.device.type == "cpu" else ", outside of CUDA graphs",
                 "; ".join(choice.reasons),

@@ -42,7 +42,7 @@ def prepare(args: "EngineArgs") -> patches.Finish | None:
     """
     if not _select(args):
         if places := given_settings(args.additional_config, os.environ):
-            logger.warning_once(
+            logger.warning(
                 "%s: set, and %s isn't selected, so nothing reads it. To select it: %s=%s",
                 ", ".join(places),
                 BACKEND_NAME,

@@ -15,7 +15,7 @@ from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.kernels.base import Kernel
 from vllm_lminf.kernels.cpu.kernel import CpuKernel
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import hugging_face, probe, rotary
+from vllm_lminf.plugin import hugging_face, log, probe, rotary
 from vllm_lminf.plugin.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -87,6 +87,10 @@ class LoadedModels:
                 continue
             compiled = all(issubclass(impl.kernel_class, CpuKernel) for impl in impls)
             limit = impls[0].model_pattern.distance_limit
+            # Said of each engine: vLLM gives engines of one process the same rotary modules.
+            for module in model.modules():
+                if sentence := rotary.choice_of_factors(module, limit):
+                    log.info(impls[0].engine, sentence)
             unserved = make_rotations_exact(model, impls[0].device, limit, compiled)
             holders: list[Any] = [m for m in model.modules() if getattr(m, "impl", None) in impls]
             layers = {holder.layer_name: holder.impl for holder in holders}

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from vllm import _custom_ops as ops
 from vllm.forward_context import get_forward_context, is_forward_context_available
-from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding import (
     DynamicNTKAlphaRotaryEmbedding,
     LinearScalingRotaryEmbedding,
@@ -24,8 +23,6 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.kernels.cpu.kernel import CpuRotation
 from vllm_lminf.rope import RotarySpec, RotationTables, rotate
-
-logger = init_logger("vllm.lminf")
 
 T = TypeVar("T")
 
@@ -292,13 +289,19 @@ def _read_long_rope(
         factors, magnitude, rows = module.short_factor, module.short_mscale, slice(0, original)
     else:
         factors, magnitude, rows = module.long_factor, module.long_mscale, slice(original, None)
-    logger.info_once(
-        "LongRoPE: distance_limit %d takes the %s factors (the short ones serve up to %d)",
-        distance_limit,
-        "long" if rows.start else "short",
-        original,
-    )
     return module._compute_inv_freq(factors), magnitude, rows
+
+
+def choice_of_factors(module: Any, distance_limit: int) -> str | None:
+    """Which factors LongRoPE takes, as a sentence for the user; None for any other kind."""
+    if type(module) is not Phi3LongRoPEScaledRotaryEmbedding:
+        return None
+    original = module.original_max_position_embeddings
+    return (
+        f"LongRoPE: distance_limit {distance_limit} takes the "
+        f"{'short' if distance_limit <= original else 'long'} factors (the short ones serve up to "
+        f"{original})"
+    )
 
 
 def _check_against_table(spec: RotarySpec, table: torch.Tensor, what: str) -> None:

@@ -273,24 +273,20 @@ class TestKept:
         assert set(modes.values()) == {0o600}
 
     @pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777, 0o702], ids=oct)
-    def test_a_folder_that_others_write_to(
-        self, mode: int, library: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_folder_that_others_write_to(self, mode: int, library: Path, said: list[str]) -> None:
         """A planted library isn't loaded; the kernels are kept elsewhere, with one warning."""
         plant(library)
         library.parent.chmod(mode)
         call_without_work(build.load_library("float32"))
-        (warning,) = caplog.messages
+        (warning,) = said
         assert f"others can write to {library.parent}" in warning
         assert f"kept in {private_folder()}" in warning
 
-    def test_a_parent_that_others_write_to(
-        self, library: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_parent_that_others_write_to(self, library: Path, said: list[str]) -> None:
         plant(library)
         library.parents[1].chmod(0o777)
         call_without_work(build.load_library("float32"))
-        assert f"others can write to {library.parents[1]}" in caplog.text
+        assert f"others can write to {library.parents[1]}" in said[0]
         library.parents[1].chmod(0o1777)  # as /tmp is
         store.open_folder(library.parent, None)
 

@@ -22,21 +22,15 @@ from vllm_lminf.kernels.cpu import build
 from vllm_lminf.kernels.cpu.kernel import CpuKernel, load
 from vllm_lminf.kernels.reference import ReferenceKernel
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import backend
+from vllm_lminf.plugin import backend, log
 from vllm_lminf.plugin.backend import LambdaAttentionImpl
 from vllm_lminf.plugin.config import LambdaConfig
 
 
 @pytest.fixture
-def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was said; the same once."""
-    said: list[str] = []
-
-    def warning_once(text: str, *arguments: object) -> None:
-        if text % arguments not in said:
-            said.append(text % arguments)
-
-    monkeypatch.setattr(backend.logger, "warning_once", warning_once)
+def warnings(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> list[str]:
+    """What was said; the layers' engines are copies of one, of which nothing was told yet."""
+    monkeypatch.setattr(log, "_said", log._Said())
     return said
 
 
