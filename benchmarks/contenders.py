@@ -37,6 +37,7 @@ def lminf(n_global: int) -> str:
 SHOWN = lminf(SHOWN_N_GLOBAL)
 LMINF_XFORMERS = "LMINF through xformers"
 LMINF_FLASH = "LMINF through FlashAttention"
+LMINF_HYBRID = "LMINF hybrid"
 VLLM_WINDOW = "vLLM, same window"
 VLLM_FULL = "vLLM, full attention"
 FLASH_WINDOW = "FlashAttention, same window"
@@ -254,6 +255,7 @@ class GpuContenders:
             yield lminf(n_global), partial(self._lminf.contender, n_global=n_global)
         yield LMINF_XFORMERS, partial(self._lminf.contender, name="xformers")
         yield LMINF_FLASH, partial(self._lminf.contender, name="flash")
+        yield LMINF_HYBRID, partial(self._lminf.contender, name="hybrid")
         yield FLASH_WINDOW, self._flash_window
         if self._sequences.is_complete:
             yield FLEX_WINDOW, self._flex_window

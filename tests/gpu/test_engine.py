@@ -17,7 +17,7 @@ N_GLOBAL, N_LOCAL, LIMIT = 5, 48, 60
 
 
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graphs"])
-@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize("kernel", ["auto", "triton", "reference"])
 def test_as_the_oracle(
     kernel: str, enforce_eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,7 +48,7 @@ def test_as_the_oracle(
     ) as llm:
         config = llm.llm_engine.vllm_config
         graphs = config.compilation_config.cudagraph_mode
-        assert graphs.has_full_cudagraphs() == (kernel == "auto" and not enforce_eager)
+        assert graphs.has_full_cudagraphs() == (kernel != "reference" and not enforce_eager)
         results = engine_logprobs(llm, random_prompts([1, 16, 48, 49, 130, 300]), 20)
     for tokens, logprobs in results:
         expected = oracle_logprobs(model, tokens, pattern, torch.float32)

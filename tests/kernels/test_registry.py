@@ -35,7 +35,7 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     ("layer", "expected"),
     [
         (CPU, "cpu"),
-        (HOPPER, "triton"),
+        (HOPPER, "hybrid"),
         (replace(HOPPER, capability=(8, 0)), "triton"),
         (replace(HOPPER, capability=(10, 0)), "triton"),
         (AMD, "triton"),
@@ -63,15 +63,25 @@ def test_what_the_best_does_not_serve(layer: LayerConfig, named: str) -> None:
     """The plain one does, and the reasons are there to be told."""
     choice = choose("auto", layer)
     assert choice.kernel == "reference"
-    (reason,) = choice.reasons
+    *_, reason = choice.reasons
     assert named in reason
+
+
+def test_hybrid_gives_way_on_hopper() -> None:
+    """To Triton's kernels, where FlashAttention isn't there or doesn't take the cache's dtype."""
+    choice = choose("auto", replace(HOPPER, cache_dtype=torch.float8_e4m3fn))
+    assert choice.kernel == "triton"
+    assert list(choice.against) == ["hybrid"]
+    choice = choose("auto", HOPPER, load=True)
+    assert choice.kernel == "triton"
+    assert choice.reasons == ["kernel 'hybrid': no FlashAttention was handed in"]
 
 
 def test_a_block_size_makes_no_gpu_slow() -> None:
     choice = choose("auto", replace(HOPPER, block_size=8))
     assert choice.kernel is None
-    (reason,) = choice.reasons
-    assert "blocks of 8 tokens" in reason
+    assert list(choice.against) == ["hybrid", "triton"]
+    assert all("blocks of 8 tokens" in reason for reason in choice.reasons)
     assert choose("reference", replace(HOPPER, block_size=8)).kernel == "reference"
 
 
@@ -79,7 +89,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "triton")
     choice = choose("auto", HOPPER)
     assert choice.kernel == "reference"
-    (reason,) = choice.reasons
+    *_, reason = choice.reasons
     assert reason.startswith("kernel 'triton': Triton isn't installed")
     assert choose("triton", HOPPER).kernel is None
 

@@ -37,7 +37,28 @@ def _library_reasons() -> list[str]:
             f"Triton {triton} has no block pointers, which the split-KV kernel of xformers "
             '0.0.35 is written with: pip install "triton<3.9", or choose kernel triton'
         )
-    return reasons + _flash_attn_reasons()
+    return reasons + _extension_reasons() + _flash_attn_reasons()
+
+
+def _extension_reasons() -> list[str]:
+    """xformers takes nothing on a device without its compiled part, which is built for one version
+    of CUDA. Loading it alone looks for no device."""
+    xformers = util.find_spec("xformers")
+    if xformers is None or xformers.origin is None or torch.version.cuda is None:
+        return []
+    advice = (
+        "install an xformers that is built for this PyTorch: pip install -v --no-build-isolation "
+        "git+https://github.com/facebookresearch/xformers, or choose kernel triton"
+    )
+    found = sorted(Path(xformers.origin).parent.glob("_C*.so"))
+    if not found:
+        return [f"the installed xformers has no compiled part: {advice}"]
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        built = f"PyTorch {torch.__version__} with CUDA {torch.version.cuda}"
+        return [f"xformers' compiled part doesn't load beside {built} ({error}): {advice}"]
+    return []
 
 
 def _flash_attn_reasons() -> list[str]:

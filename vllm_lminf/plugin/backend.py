@@ -485,11 +485,13 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         return self.layer_config.cache_dtype if dtype == torch.uint8 else dtype
 
     def _choose(self, layer: LayerConfig) -> str:
-        """The name of the kernel for a layer; says where it is the plain one for want of better."""
+        """The name of the kernel for a layer; says why where it isn't the best one there is."""
         choice = registry.choose(LambdaConfig.of(self.engine).kernel, layer, load=True)
         if choice.kernel is None:
             raise UnsupportedError(choice.reasons)
-        if choice.against:
+        if choice.against and choice.kernel != registry.PLAIN:
+            log.info(self.engine, "kernel %r runs: %s", choice.kernel, "; ".join(choice.reasons))
+        elif choice.against:
             log.warning(
                 self.engine,
                 "the much slower PyTorch kernel runs%s: %s",

@@ -32,46 +32,52 @@ def angles_of(
     angles,
     first,
     offsets,
-    dims,
+    pairs,
     HALF: tl.constexpr,
-    IS_NEOX: tl.constexpr,
 ):
-    """Cosines and sines [rows, dims] of the positions ``first + offsets``.
+    """Cosines and sines [rows, pairs] of the positions ``first + offsets``.
 
     Args:
         angles: int64 [4096, HALF], the tables.
         first: int32, a position; 0 to 2**31 - 1.
         offsets: int32 [rows], each below 1024.
-        dims: int32 [dims]: dimensions of a head; those past the rotary ones get 1 and 0.
+        pairs: int32 [pairs]: those past the rotary ones get 1 and 0.
     """
-    pair = dims % HALF if IS_NEOX else dims // 2
-    rotary = dims < 2 * HALF
-    low_cos, low_sin = _unit(angles, first & 1023, pair, rotary, HALF)
-    middle_cos, middle_sin = _unit(angles, 1024 + ((first >> 10) & 1023), pair, rotary, HALF)
-    high_cos, high_sin = _unit(angles, 2048 + (first >> 20), pair, rotary, HALF)
+    rotary = pairs < HALF
+    low_cos, low_sin = _unit(angles, first & 1023, pairs, rotary, HALF)
+    middle_cos, middle_sin = _unit(angles, 1024 + ((first >> 10) & 1023), pairs, rotary, HALF)
+    high_cos, high_sin = _unit(angles, 2048 + (first >> 20), pairs, rotary, HALF)
     cos, sin = _product(low_cos, low_sin, middle_cos, middle_sin)
     cos, sin = _product(cos, sin, high_cos, high_sin)
-    row_cos, row_sin = _unit(angles, offsets[:, None], pair[None, :], rotary[None, :], HALF)
+    row_cos, row_sin = small_angles_of(angles, offsets, pairs, HALF)
     return _product(row_cos, row_sin, cos[None, :], sin[None, :])
 
 
 @triton.jit
-def partners(dims, HALF: tl.constexpr, IS_NEOX: tl.constexpr):
-    """The other dimension of the pair that each one belongs to.
-
-    Dimensions past the rotary ones get any dimension: their sine is 0.
-    """
-    return (dims + HALF) % (2 * HALF) if IS_NEOX else dims ^ 1
+def small_angles_of(angles, positions, pairs, HALF: tl.constexpr):
+    """Cosines and sines [rows, pairs] of positions below 1024; see `angles_of`."""
+    return _unit(angles, positions[:, None], pairs[None, :], (pairs < HALF)[None, :], HALF)
 
 
 @triton.jit
-def inverse_rotation(x, partner, cos, sin, dims, HALF: tl.constexpr, IS_NEOX: tl.constexpr):
-    """A tile [rows, dims] rotated by the negative of its angles, in float32.
+def dims_of(pairs, HALF: tl.constexpr, IS_NEOX: tl.constexpr, IS_WHOLE: tl.constexpr):
+    """The two dimensions of every pair, int32 [pairs] each.
 
     Args:
-        x: the tile.
-        partner: the same with the two dimensions of every pair exchanged, see `partners`.
+        pairs: those past the rotary ones are neighbours; past the head, so are their dimensions.
+        IS_WHOLE: all pairs are rotary ones.
     """
-    is_first = dims < HALF if IS_NEOX else dims % 2 == 0
-    signed = tl.where(is_first[None, :], sin, -sin)
-    return x.to(tl.float32) * cos + partner.to(tl.float32) * signed
+    first, second = 2 * pairs, 2 * pairs + 1
+    if IS_NEOX and IS_WHOLE:
+        first, second = pairs, pairs + HALF
+    elif IS_NEOX:
+        first = tl.where(pairs < HALF, pairs, first)
+        second = tl.where(pairs < HALF, pairs + HALF, second)
+    return first, second
+
+
+@triton.jit
+def inverse_rotation(first, second, cos, sin):
+    """Both dimensions of pairs rotated by the negative of their angles, in float32."""
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    return first * cos + second * sin, second * cos - first * sin

@@ -12,7 +12,7 @@ them. Everything about a request is read on the device.
 import triton
 import triton.language as tl
 
-from vllm_lminf.kernels.triton.angles import angles_of, inverse_rotation, partners
+from vllm_lminf.kernels.triton.angles import angles_of, dims_of, inverse_rotation, small_angles_of
 from vllm_lminf.kernels.triton.softmax import begin, score, update
 from vllm_lminf.kernels.triton.tiles import blocks_of, load_rows, request_of_tile
 
@@ -25,7 +25,8 @@ def global_branch(
     stride_key_block, stride_key_token, stride_value_block, stride_value_token,
     N_GLOBAL: tl.constexpr, N_LOCAL: tl.constexpr, LIMIT: tl.constexpr,
     HEAD_SIZE: tl.constexpr, DIMS: tl.constexpr, HALF: tl.constexpr, IS_NEOX: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_GLOBAL: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE_GLOBAL: tl.constexpr, TILE_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Adds the global keys behind the window to a softmax.
 
@@ -60,39 +61,52 @@ def global_branch(
             )  # fmt: skip
             products = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee")
         else:
-            # A few dimensions at a time, so that vectors and angles stay in registers beside the
-            # softmax.
-            ROTATED: tl.constexpr = min(DIMS, 16 if position.shape[0] > 64 else 32)
+            # Some pairs at a time, so that vectors and angles stay in registers beside the softmax.
+            IS_WHOLE: tl.constexpr = 2 * HALF == DIMS and DIMS % (2 * TILE_PAIRS) == 0
+            PRESENT: tl.constexpr = HEAD_SIZE if HEAD_SIZE == DIMS and IS_WHOLE else 0
             products = tl.zeros((position.shape[0], TILE_GLOBAL), tl.float32)
             near = products
-            for low in tl.range(0, DIMS, ROTATED, num_stages=1):
-                some = low + tl.arange(0, ROTATED)
-                other = partners(some, HALF, IS_NEOX)
-                present = valid[:, None] & (some < HEAD_SIZE)[None, :]
-                q = tl.load(query_row[:, None] + some[None, :], mask=present, other=0.0)
-                present = valid[:, None] & (other < HEAD_SIZE)[None, :]
-                q_other = tl.load(query_row[:, None] + other[None, :], mask=present, other=0.0)
-                cos, sin = angles_of(
-                    angles, first_beyond, beyond - first_beyond, some, HALF, IS_NEOX
+            for low in tl.range(0, DIMS // 2, TILE_PAIRS, num_stages=1):
+                pairs = low + tl.arange(0, TILE_PAIRS)
+                one, other = dims_of(pairs, HALF, IS_NEOX, IS_WHOLE)
+                q = tl.load(
+                    query_row[:, None] + one[None, :],
+                    mask=valid[:, None] & (one < HEAD_SIZE)[None, :],
+                    other=0.0,
                 )
-                at_limit = inverse_rotation(q, q_other, cos, sin, some, HALF, IS_NEOX).to(
-                    query.dtype
+                q_other = tl.load(
+                    query_row[:, None] + other[None, :],
+                    mask=valid[:, None] & (other < HEAD_SIZE)[None, :],
+                    other=0.0,
                 )
                 k = load_rows(
-                    key, blocks, keys, some, readable, stride_key_block, stride_key_token,
-                    BLOCK_SIZE, HEAD_SIZE, 0,
+                    key, blocks, keys, one, readable, stride_key_block, stride_key_token,
+                    BLOCK_SIZE, HEAD_SIZE, PRESENT,
                 )  # fmt: skip
                 k_other = load_rows(
                     key, blocks, keys, other, readable, stride_key_block, stride_key_token,
-                    BLOCK_SIZE, HEAD_SIZE, 0,
+                    BLOCK_SIZE, HEAD_SIZE, PRESENT,
                 )  # fmt: skip
-                cos, sin = angles_of(angles, start, offsets, some, HALF, IS_NEOX)
-                at_zero = inverse_rotation(k, k_other, cos, sin, some, HALF, IS_NEOX).to(
-                    query.dtype
-                )
-                products = tl.dot(at_limit, tl.trans(at_zero), products, input_precision="ieee")
                 if LIMIT > N_LOCAL:
                     near = tl.dot(q, tl.trans(k.to(q.dtype)), near, input_precision="ieee")
+                    near = tl.dot(
+                        q_other, tl.trans(k_other.to(q.dtype)), near, input_precision="ieee"
+                    )
+                cos, sin = angles_of(angles, first_beyond, beyond - first_beyond, pairs, HALF)
+                q, q_other = inverse_rotation(q, q_other, cos, sin)
+                if N_GLOBAL <= 1024:
+                    cos, sin = small_angles_of(angles, keys, pairs, HALF)
+                else:
+                    cos, sin = angles_of(angles, start, offsets, pairs, HALF)
+                k, k_other = inverse_rotation(k, k_other, cos, sin)
+                products = tl.dot(
+                    q.to(query.dtype), tl.trans(k.to(query.dtype)), products,
+                    input_precision="ieee",
+                )  # fmt: skip
+                products = tl.dot(
+                    q_other.to(query.dtype), tl.trans(k_other.to(query.dtype)), products,
+                    input_precision="ieee",
+                )  # fmt: skip
             if LIMIT > N_LOCAL:
                 products = tl.where(distance > LIMIT, products, near)
         scores, unit = score(products, tl.minimum(distance, LIMIT), slopes, scale, SOFTCAP)
@@ -164,8 +178,8 @@ def attention_kernel(
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, DIMS: tl.constexpr,
     HALF: tl.constexpr, IS_NEOX: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_QUERIES: tl.constexpr,
-    TILE_KEYS: tl.constexpr, TILE_GLOBAL: tl.constexpr,
-    IS_DECODE: tl.constexpr,
+    TILE_KEYS: tl.constexpr, TILE_GLOBAL: tl.constexpr, TILE_PAIRS: tl.constexpr,
+    GLOBAL_COST: tl.constexpr, IS_DECODE: tl.constexpr,
 ):  # fmt: skip
     """Λ-attention of one tile of rows; grid (tiles, key heads, splits).
 
@@ -178,6 +192,7 @@ def attention_kernel(
         num_rows: of a tile that there is room for in `partial`.
         skip: where IS_DECODE isn't, requests with no more queries are left alone.
         HALF, IS_NEOX: of the rotation.
+        GLOBAL_COST: tiles of the window that take as long as one of the global branch.
         IS_DECODE: one tile holds all queries of a request, and requests with more queries are
             left alone.
     """
@@ -226,17 +241,20 @@ def attention_kernel(
     global_tiles = (num_global + TILE_GLOBAL - 1) // TILE_GLOBAL
     window_start = tl.maximum(first - N_LOCAL + 1, 0) // TILE_KEYS
     window_end = last // TILE_KEYS + 1
-    begin_at, end_at = 0, global_tiles + window_end - window_start
+    first_global, end_global, cost = 0, global_tiles, global_tiles * GLOBAL_COST
     if IS_DECODE:
-        # This program's part of all tiles; those of the global branch count first.
+        # This program's part of all tiles; those of the global branch count first, as several.
+        end_at = cost + window_end - window_start
         share, rest = end_at // tl.num_programs(2), end_at % tl.num_programs(2)
         begin_at = split * share + tl.minimum(split, rest)
         end_at = begin_at + share + tl.where(split < rest, 1, 0)
+        first_global = (begin_at + GLOBAL_COST - 1) // GLOBAL_COST
+        end_global = tl.minimum((end_at + GLOBAL_COST - 1) // GLOBAL_COST, global_tiles)
+        window_end = window_start + tl.maximum(end_at - cost, 0)
+        window_start += tl.maximum(begin_at - cost, 0)
 
     weighted = tl.zeros((TILE_ROWS, DIMS), tl.float32)
     largest, total = begin(sinks, head, split == 0)
-    window_end = window_start + end_at - global_tiles
-    window_start += tl.maximum(begin_at - global_tiles, 0)
     if IS_DECODE:
         interior_start, num_interior = window_end, 0
     else:
@@ -280,15 +298,15 @@ def attention_kernel(
     # Behind the loops above: before them, what it leaves in registers would have every product of
     # Hopper's warp groups wait for the one before (ptxas warns of it, C7515).
     if N_GLOBAL > 0:
-        if begin_at < global_tiles:
+        if first_global < end_global:
             weighted, total, largest = global_branch(
                 weighted, total, largest,
                 q, query_row, valid, position, num_global,
-                begin_at, tl.minimum(end_at, global_tiles),
+                first_global, end_global,
                 key, value, block_row, angles, row_slopes, scale,
                 stride_key_block, stride_key_token, stride_value_block, stride_value_token,
                 N_GLOBAL, N_LOCAL, LIMIT, HEAD_SIZE, DIMS, HALF, IS_NEOX,
-                SOFTCAP, BLOCK_SIZE, TILE_GLOBAL,
+                SOFTCAP, BLOCK_SIZE, TILE_GLOBAL, TILE_PAIRS,
             )  # fmt: skip
 
     # A split's keys may all be hidden from some row.

@@ -33,6 +33,10 @@ of them, and its keys are split among programs."""
 MOST_TILE_KEYS = 128
 """No tile has more keys; tiles are powers of two."""
 
+GLOBAL_COST = 2
+"""Tiles of the window that take as long as one of the global branch, which is rotated: where keys
+are split among programs, so many are left to others."""
+
 _MIN_ROWS = 16
 _MOST_GLOBAL_KEYS = 32
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -92,6 +96,7 @@ class Plan:
         queries: queries of a tile.
         keys: keys of a tile of the window.
         global_keys: keys of a tile of the global branch.
+        pairs: pairs of dimensions that are rotated at once there, of queries and keys.
         num_warps, num_stages: Triton's.
     """
 
@@ -99,6 +104,7 @@ class Plan:
     queries: int
     keys: int
     global_keys: int
+    pairs: int
     num_warps: int
     num_stages: int
 
@@ -115,6 +121,11 @@ def _global_keys(pattern: LambdaPattern) -> int:
     return max(_MIN_ROWS, min(_MOST_GLOBAL_KEYS, power_of_two(pattern.n_global)))
 
 
+def _pairs(heads: Heads, most: int) -> int:
+    """As many as fit into registers beside the softmax; a product takes 16 and more."""
+    return max(16, min(most, power_of_two(heads.head_size) // 2))
+
+
 def decode_plan(
     heads: Heads, pattern: LambdaPattern, cache_dtype: torch.dtype, hardware: Hardware, rows: int
 ) -> Plan:
@@ -124,9 +135,9 @@ def decode_plan(
     keys = max(16, min(MOST_TILE_KEYS, 16384 // row_bytes))
     warps = 8 if heads.dtype.itemsize > 2 or rows > 32 else 4
     group = heads.num_heads // heads.num_kv_heads
-    plan = Plan(
-        rows, rows // group, keys, _global_keys(pattern), warps, 2 if hardware.is_amd else 4
-    )
+    pairs = _pairs(heads, 64 if rows <= 16 else 32)
+    stages = 2 if hardware.is_amd else 4
+    plan = Plan(rows, rows // group, keys, _global_keys(pattern), pairs, warps, stages)
     # Two programs to a multiprocessor, each with 1 KiB of the driver's.
     room = (hardware.shared_memory + 1024) // _PROGRAMS_PER_MULTIPROCESSOR - 1024
     return _fitted(plan, heads, cache_dtype, room, plan.num_stages - 1)
@@ -148,7 +159,7 @@ def prefill_plan(
     if hardware.is_amd:
         stages = 2
     rows = max(rows, power_of_two(group))
-    plan = Plan(rows, rows // group, keys, _global_keys(pattern), 8, stages)
+    plan = Plan(rows, rows // group, keys, _global_keys(pattern), _pairs(heads, 16), 8, stages)
     # Where warp groups multiply, the tile that they read is one more to hold.
     ahead = stages if by_groups else stages - 1
     return _fitted(plan, heads, cache_dtype, hardware.shared_memory, ahead)
@@ -178,13 +189,12 @@ def merge_plan(
 ) -> Plan:
     """For the global branch alone, of requests of any number of queries.
 
-    Smaller tiles than for prefill: the queries, their partners and the window's result are all in
-    registers at once.
+    Smaller tiles than for prefill: queries and the window's result are in registers at once.
     """
     plan = prefill_plan(heads, pattern, cache_dtype, hardware)
     group = heads.num_heads // heads.num_kv_heads
     rows = max(min(plan.rows, 64), power_of_two(group))
-    return replace(plan, rows=rows, queries=rows // group)
+    return replace(plan, rows=rows, queries=rows // group, pairs=_pairs(heads, 32))
 
 
 def num_splits(programs: int, tiles: int, slots: int, most: int) -> int:
@@ -265,7 +275,8 @@ def plan_step(
         if num_requests == 1:
             return Step(None, 1, long)
     programs = num_requests * heads.num_kv_heads
-    tiles = cdiv(pattern.n_local, short.keys) + cdiv(pattern.n_global, short.global_keys) + 1
+    global_tiles = GLOBAL_COST * cdiv(pattern.n_global, short.global_keys)
+    tiles = cdiv(pattern.n_local, short.keys) + 1 + global_tiles
     room = most_partial_rows(heads, hardware) // (programs * short.rows)
     return Step(short, num_splits(programs, tiles, slots_of(hardware), room), long)
 

@@ -37,7 +37,7 @@ def _rotate(
     target = rotated + head[:, None] * HEAD_SIZE
     if IS_NEOX:
         pair = tl.arange(0, PAIRS)
-        cos, sin = angles_of(angles, position, tl.zeros((1,), tl.int32), pair, HALF, IS_NEOX)
+        cos, sin = angles_of(angles, position, tl.zeros((1,), tl.int32), pair, HALF)
         cos, sin = cos * magnitude, sin * magnitude
         mask = there & (pair < HALF)[None, :]
         one = tl.load(source + pair[None, :], mask=mask).to(tl.float32)
@@ -52,7 +52,7 @@ def _rotate(
             tl.store(target + dims, tl.load(source + dims, mask=mask), mask=mask)
     else:
         pair = tl.arange(0, DIMS // 2)
-        cos, sin = angles_of(angles, position, tl.zeros((1,), tl.int32), 2 * pair, HALF, IS_NEOX)
+        cos, sin = angles_of(angles, position, tl.zeros((1,), tl.int32), pair, HALF)
         # Pairs that aren't rotated have the angle 0, and no magnitude.
         factor = tl.where(pair < HALF, magnitude, 1.0)[None, :]
         cos, sin = cos * factor, sin * factor
