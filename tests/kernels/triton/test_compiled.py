@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.triton import resources
-from tests.kernels.triton.resources import LAYERS, PLAIN, TARGETS, Usage, table
+from tools import triton_resources
+from tools.triton_resources import LAYERS, PLAIN, TARGETS, Usage, table
 
 ROOT = Path(__file__).parents[3]
 
@@ -26,7 +26,7 @@ MOST_NARROW = 4
 def compile_for(target: str, cache: Path) -> list[Usage]:
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", resources.__name__, target, "--json"],
+        [sys.executable, "-m", triton_resources.__name__, target, "--json"],
         env=environ | {"TRITON_CACHE_DIR": str(cache / target)},
         cwd=ROOT,
         capture_output=True,

@@ -1,6 +1,6 @@
 """What the kernels take of a GPU, compiled for it ahead of time, in the sizes that `plan` chooses.
 
-``python -m tests.kernels.triton.resources`` prints a table. No GPU is needed: the layer's own
+``python -m tools.triton_resources`` prints a table. No GPU is needed: the layer's own
 launches are recorded, specialised as at run time, and compiled without being run.
 """
 
@@ -24,13 +24,19 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tests.kernels.layers import make_layer
-from vllm_lminf.kernels.base import DeviceBatch, Heads, PagedCache, ScoreRules
+from vllm_lminf.kernels.base import (
+    DeviceBatch,
+    Heads,
+    LayerConfig,
+    PagedCache,
+    Rotation,
+    ScoreRules,
+)
 from vllm_lminf.kernels.triton import layer as layer_module
 from vllm_lminf.kernels.triton.layer import TritonKernel
 from vllm_lminf.kernels.triton.plan import Hardware
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.rope import RotarySpec
+from vllm_lminf.rope import RotationTables
 
 KIB = 1024
 
@@ -201,8 +207,15 @@ def compile_layer(target_name: str, what: Layer) -> list[Usage]:
     """The kernels that a layer launches, see `LAYERS`; the merge for the plain layer alone."""
     target = TARGETS[target_name]
     heads = Heads(*what.heads, _DTYPES[what.dtype])
-    rotary = RotarySpec(torch.ones(heads.head_size // 2), what.is_neox)
-    config = make_layer(heads, LambdaPattern(*what.pattern), ScoreRules(0.1), rotary=rotary)
+    config = LayerConfig(
+        heads=heads,
+        pattern=LambdaPattern(*what.pattern),
+        rules=ScoreRules(0.1),
+        cache_dtype=heads.dtype,
+        block_size=what.block_size,
+        device=torch.device("cpu"),
+        rotation=Rotation(RotationTables(torch.ones(heads.head_size // 2)), what.is_neox),
+    )
     with mock.patch.object(layer_module, "hardware_of", return_value=target.hardware):
         layer = TritonKernel(config)
     shape = (4, heads.num_kv_heads, what.block_size, heads.head_size)
