@@ -296,7 +296,7 @@ class TestSelected:
 
     def test_trained_length_is_that_of_the_checkpoint(self, build: Build) -> None:
         config = build.selected(hf_overrides={"max_position_embeddings": 4096})
-        assert versions.trained_length(config.model_config) == 4096
+        assert versions.trained_lengths(config.model_config)[0] == 4096
         assert LambdaConfig.of(config).pattern == LambdaPattern(10, 4096, 4096)
 
     def test_pattern_from_settings(self, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from vllm_lminf.errors import CliError, SettingsError
 from vllm_lminf.plugin.config import BACKEND_NAME, BACKEND_VARIABLE, SECTION, Settings
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 HELP = "score a long text with full attention and with LMINF, side by side"
 
@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     environ = dict(os.environ)
     console.print(f"Reading {args.model} and {args.text} ...", highlight=False)
     facts = read_facts(args, environ)
-    settings = lminf_settings(args)
+    given = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: value for name, value in given.items() if value is not None}
     if "lminf" in engines:
         check_settings(settings, facts.trained_length)
     lengths = choose_lengths(
@@ -133,7 +134,13 @@ def run(args: argparse.Namespace) -> int:
     )
     write_results(evaluation, args.output / "results.json")
     draw(evaluation, args.output / "lminf.png")
-    print_outcome(console, evaluation, args.output, settings)
+    print_table(console, evaluation)
+    for line in (
+        f"Written: {args.output / 'lminf.png'}, {args.output / 'results.json'}",
+        "Serve this model with LMINF:",
+        serve_command(evaluation.model, settings),
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -156,8 +163,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         problems.append(f"--model {args.model}: no checkpoint there (it has no config.json)")
     if not args.text.is_file():
         problems.append(f"--text {args.text}: no such file")
-    elif not is_utf8(args.text):
-        problems.append(f"--text {args.text}: not UTF-8 text")
+    else:
+        try:
+            args.text.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            problems.append(f"--text {args.text}: not UTF-8 text")
     if args.chunk < 1:
         problems.append(f"--chunk {args.chunk}: it must be 1 or more")
     if args.decode_tokens < 2:
@@ -170,21 +180,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CliError(f"--output {args.output}: {error.strerror}") from error
-
-
-def is_utf8(path: Path) -> bool:
-    """Whether the whole file decodes as UTF-8."""
-    try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def lminf_settings(args: argparse.Namespace) -> dict[str, int]:
-    """Return the LMINF settings that were given on the command line, and no others."""
-    given = {name: getattr(args, name) for name in SETTINGS}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def check_settings(settings: dict[str, int], trained_length: int | None) -> None:
@@ -271,15 +266,3 @@ def run_engine(job: ScoringJob, environ: dict[str, str], output: Path, show: Any
     except CliError as error:
         raise CliError(f"the {label} engine stopped: {error}") from None
     return ScoringResult.from_json(data)
-
-
-def print_outcome(
-    console: Console, evaluation: Evaluation, output: Path, settings: dict[str, int]
-) -> None:
-    """Print the table, where everything was written, and how to serve the model."""
-    print_table(console, evaluation)
-    console.print(f"Written: {output / 'lminf.png'}, {output / 'results.json'}", highlight=False)
-    console.print("Serve this model with LMINF:", highlight=False)
-    console.print(
-        serve_command(evaluation.model, settings), highlight=False, markup=False, soft_wrap=True
-    )

@@ -50,12 +50,12 @@ def read_facts(job: FactsJob) -> ModelFacts:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.tokenizers import get_tokenizer
 
-    from vllm_lminf.plugin import versions
+    from vllm_lminf.plugin import trained_length
 
     config = EngineArgs(model=job.model, dtype=job.dtype).create_model_config()
     text = Path(job.text).read_text(encoding="utf-8")
     return ModelFacts(
-        trained_length=versions.trained_length(config),
+        trained_length=trained_length.of(config).length,
         kv_bytes_per_token=kv_bytes_per_token(config),
         token_ids=list(get_tokenizer(job.model).encode(text)),
     )

@@ -17,11 +17,9 @@ GREY = "#666666"
 
 def draw(evaluation: Evaluation, path: Path) -> None:
     """Draw three panels over the same lengths and save them as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     quality, speed, memory = figure.subplots(1, 3)
     for engine, result in evaluation.results.items():
         lengths = [f.length for f in result.figures]
@@ -35,8 +33,8 @@ def draw(evaluation: Evaluation, path: Path) -> None:
     quality.set_title("NLL, nats per token (lower is better)")
     speed.set_title("Decode time, ms per token")
     memory.set_title("KV blocks held by the request")
-    speed.set_ylim(bottom=0)
-    memory.set_ylim(bottom=0)
+    for axes in (speed, memory):
+        axes.set_ylim(bottom=0)
     for axes in (quality, speed, memory):
         _finish(axes, evaluation)
     quality.set_xlabel(f"tokens (thin: mean of every {NLL_BUCKET})")

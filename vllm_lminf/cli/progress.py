@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from vllm_lminf.cli.child import Event
 
@@ -16,32 +16,23 @@ LINE_SECONDS = 10.0
 """Least seconds between two plain lines about the same phase."""
 
 
-class Display(Protocol):
-    """Where an engine's events are shown."""
-
-    def show(self, engine: str, event: Event) -> None:
-        """Show one event: a new phase, or how much is done."""
-
-    def finish(self, engine: str) -> None:
-        """Say that the engine has done all its work."""
-
-
 class Lines:
     """Plain lines, for logs and pipes."""
 
-    def __init__(self, console: Console, total: int, unit: str) -> None:
+    def __init__(self, console: Console, total: int) -> None:
         self._console = console
         self._total = total
-        self._unit = unit
         self._begin = self._last = time.monotonic()
 
     def show(self, engine: str, event: Event) -> None:
+        """Show one event: a new phase, or how much is done."""
         if event["event"] == "phase":
             self._print(f"{engine}: {event['text']}")
         elif time.monotonic() - self._last >= LINE_SECONDS:
-            self._print(f"{engine}: {event['done']} of {self._total} {self._unit}")
+            self._print(f"{engine}: {event['done']} of {self._total} tokens")
 
     def finish(self, engine: str) -> None:
+        """Say that the engine has done all its work."""
         self._print(f"{engine}: done")
 
     def _print(self, text: str) -> None:
@@ -50,9 +41,9 @@ class Lines:
 
 
 class Bars:
-    """One bar per engine; its length is what the engine has done."""
+    """The same as one bar per engine; its length is what the engine has done."""
 
-    def __init__(self, console: Console, engines: Sequence[str], total: int, unit: str) -> None:
+    def __init__(self, console: Console, engines: Sequence[str], total: int) -> None:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -66,7 +57,7 @@ class Bars:
             TextColumn("{task.description:>15}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn(unit),
+            TextColumn("tokens"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[phase]}"),
             console=console,
@@ -91,13 +82,11 @@ class Bars:
 
 
 @contextmanager
-def display(
-    console: Console, engines: Sequence[str], total: int, unit: str = "tokens"
-) -> Iterator[Display]:
-    """Show the progress of ``engines``, each of which has ``total`` of a unit to do."""
+def display(console: Console, engines: Sequence[str], total: int) -> Iterator[Lines | Bars]:
+    """Show the progress of ``engines``, each of which has ``total`` tokens to do."""
     if not console.is_terminal:
-        yield Lines(console, total, unit)
+        yield Lines(console, total)
         return
-    bars = Bars(console, engines, total, unit)
+    bars = Bars(console, engines, total)
     with bars.progress:
         yield bars

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LABELS: dict[EngineName, str] = {"full": "full attention", "lminf": "LMINF"}
-SHORT_LABELS: dict[EngineName, str] = {"full": "full", "lminf": "LMINF"}
 
 Cell = Callable[[LengthFigures], str]
 COLUMNS: tuple[tuple[str, Cell], ...] = (
@@ -82,7 +82,7 @@ def print_table(console: Console, evaluation: Evaluation) -> None:
     for title, _ in COLUMNS:
         for engine in evaluation.results:
             style = "cyan" if engine == "lminf" else None
-            table.add_column(f"{title}\n{SHORT_LABELS[engine]}", justify="right", style=style)
+            table.add_column(f"{title}\n{LABELS[engine].split()[0]}", justify="right", style=style)
     rows = table_rows(evaluation)
     for index, row in enumerate(rows):
         last_trained = (
@@ -110,9 +110,7 @@ def write_results(evaluation: Evaluation, path: Path) -> None:
 
 def serve_command(model: str, lminf: Mapping[str, int]) -> str:
     """Return the shell command that serves the model with the settings that were measured."""
-    import shlex
-
-    words: Sequence[str] = ["vllm", "serve", model, "--max-model-len", "1000000"]
+    words = ["vllm", "serve", model, "--max-model-len", "1000000"]
     if lminf:
-        words = [*words, "--additional-config", json.dumps({"lminf": dict(lminf)})]
+        words += ["--additional-config", json.dumps({"lminf": dict(lminf)})]
     return f"VLLM_ATTENTION_BACKEND=LMINF {shlex.join(words)}"

@@ -110,11 +110,10 @@ def check(config: "VllmConfig") -> None:
         UnsupportedError: the model or a feature isn't served.
     """
     settings = Settings.read(config.additional_config, os.environ)
-    reasons = [
-        *_model_reasons(config.model_config, "generate"),
-        *_draft_model_reasons(config),
-        *_feature_reasons(config),
-    ]
+    reasons = _model_reasons(config.model_config, "generate")
+    if (draft := speculation.draft_model_of(config)) is not None:
+        reasons += [f"the draft model: {reason}" for reason in _model_reasons(draft, "draft")]
+    reasons += _feature_reasons(config)
     trained = trained_length.of(speculation.target_of(config))
     try:
         resolved = LambdaConfig.resolve(settings, trained)
@@ -133,21 +132,16 @@ def check(config: "VllmConfig") -> None:
 
 def _window_reasons(config: "VllmConfig", resolved: LambdaConfig) -> list[str]:
     window = resolved.trained.window
-    if not config.model_config.disable_sliding_window or window is None:
-        return []
-    if resolved.n_local <= window:
+    if (
+        not config.model_config.disable_sliding_window
+        or window is None
+        or resolved.n_local <= window
+    ):
         return []
     return [
         f"--disable-sliding-window, and n_local {resolved.n_local}: the model was trained with "
         f"windows of {window} tokens; leave n_local out, or set it to {window} or less"
     ]
-
-
-def _draft_model_reasons(config: "VllmConfig") -> list[str]:
-    draft = speculation.draft_model_of(config)
-    if draft is None:
-        return []
-    return [f"the draft model: {reason}" for reason in _model_reasons(draft, "draft")]
 
 
 def _model_reasons(model: "ModelConfig", runner_type: str) -> list[str]:

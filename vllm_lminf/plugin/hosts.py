@@ -4,7 +4,6 @@ This is asked before anything else of vLLM is imported: on a version that the pl
 any other name may be gone, and an engine that doesn't select LMINF must start all the same.
 """
 
-import functools
 from collections.abc import Callable
 from enum import EnumMeta
 from typing import Any
@@ -63,14 +62,10 @@ def explain_absence(message: str) -> bool:
     if names is EnumMeta or "__getitem__" not in vars(names):
         return False
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def look_up(cls: type, name: str) -> Any:
-            if isinstance(name, str) and cls is AttentionBackendEnum and is_backend_name(name):
-                raise ValueError(message)
-            return original(cls, name)
+    def look_up(original: Callable[..., Any], cls: type, name: str) -> Any:
+        if isinstance(name, str) and cls is AttentionBackendEnum and is_backend_name(name):
+            raise ValueError(message)
+        return original(cls, name)
 
-        return look_up
-
-    wrap(names, "__getitem__", make)
+    wrap(names, "__getitem__", look_up)
     return True

@@ -14,7 +14,6 @@ shown by the process that answers ``/metrics``, beside vLLM's own. `install` wra
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -52,7 +51,17 @@ def install() -> None:
         RuntimeError: what carries them isn't there in this vLLM.
     """
     _check_carrier()
-    wrap(Scheduler, "make_stats", _load)
+    meters: WeakKeyDictionary[Scheduler, Meter] = WeakKeyDictionary()
+
+    def load(original: Callable[..., Any], self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+        stats = original(self, *args, **kwargs)
+        if stats is not None:
+            if self not in meters:
+                meters[self] = Meter(self.kv_cache_manager.coordinator.single_type_managers)
+            getattr(stats, CARRIER).update(meters[self].read(self.requests))
+        return stats
+
+    wrap(Scheduler, "make_stats", load)
     wrap(StatLoggerManager, "__init__", _add_logger)
 
 
@@ -65,38 +74,23 @@ def _check_carrier() -> None:
         )
 
 
-def _load(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Scheduler.make_stats`, with our numbers in what it returns."""
-    meters: WeakKeyDictionary[Scheduler, Meter] = WeakKeyDictionary()
-
-    @functools.wraps(original)
-    def make_stats(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
-        stats = original(self, *args, **kwargs)
-        if stats is not None:
-            if self not in meters:
-                meters[self] = Meter(self.kv_cache_manager.coordinator.single_type_managers)
-            getattr(stats, CARRIER).update(meters[self].read(self.requests))
-        return stats
-
-    return make_stats
-
-
 def unload(stats: SchedulerStats) -> dict[str, int]:
     """Takes the numbers out of a step's statistics; empty where they carry none."""
     carrier = getattr(stats, CARRIER)
     return {name: carrier.pop(name) for name in NAMES if name in carrier}
 
 
-def _add_logger(original: Callable[..., None]) -> Callable[..., None]:
-    """`StatLoggerManager.__init__`, with our logger before vLLM's where LMINF is selected."""
-
-    @functools.wraps(original)
-    def init(self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        original(self, vllm_config, *args, **kwargs)
-        if vllm_config.attention_config.backend is AttentionBackendEnum[BACKEND_NAME]:
-            self.stat_loggers.insert(0, LambdaStatLogger(vllm_config, self.engine_indexes))
-
-    return init
+def _add_logger(
+    original: Callable[..., None],
+    self: StatLoggerManager,
+    vllm_config: VllmConfig,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Ours comes before vLLM's, where LMINF is selected."""
+    original(self, vllm_config, *args, **kwargs)
+    if vllm_config.attention_config.backend is AttentionBackendEnum[BACKEND_NAME]:
+        self.stat_loggers.insert(0, LambdaStatLogger(vllm_config, self.engine_indexes))
 
 
 class Meter:

@@ -40,7 +40,6 @@ Changed otherwise:
 """
 
 import copyreg
-import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,55 +123,47 @@ def _wrap_engine_args(prepare: Callable[[EngineArgs], Finish | None]) -> None:
     """Honours VLLM_ATTENTION_BACKEND, admits a max_model_len beyond the trained length, and refuses
     what can't be honoured in the user's own process, before anything is loaded."""
 
-    def make(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
-        @functools.wraps(original)
-        def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
-            finish = prepare(self)
-            if finish is None:
-                return original(self, *args, **kwargs)
-            with _variable("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1"), _long_drafts(self):
-                config = original(self, *args, **kwargs)
-            finish(config)
-            return config
+    def create(
+        original: Callable[..., VllmConfig], self: EngineArgs, *args: Any, **kwargs: Any
+    ) -> VllmConfig:
+        finish = prepare(self)
+        if finish is None:
+            return original(self, *args, **kwargs)
+        with _variable("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1"), _long_drafts(self):
+            config = original(self, *args, **kwargs)
+        finish(config)
+        return config
 
-        return create_engine_config
-
-    wrap(EngineArgs, "create_engine_config", make)
+    wrap(EngineArgs, "create_engine_config", create)
 
 
 def _wrap_cpu_platform() -> None:
     """Has the CPU's platform return the backend that was selected, if it is ours."""
     from vllm.platforms.cpu import CpuPlatform
 
-    def make(original: Any) -> Any:
-        @functools.wraps(original.__func__)
-        def get_attn_backend_cls(
-            cls: type[CpuPlatform],
-            selected_backend: AttentionBackendEnum | None,
-            attn_selector_config: Any,
-            num_heads: int | None = None,
-        ) -> str:
-            if selected_backend is not backend_member():
-                path: str = original.__func__(
-                    cls, selected_backend, attn_selector_config, num_heads
-                )
-                return path
-            backend = backend_member().get_class()
-            reasons = backend.validate_configuration(
-                device_capability=None,
-                **attn_selector_config._asdict(),
+    def choose(
+        original: Callable[..., str],
+        cls: type[CpuPlatform],
+        selected_backend: AttentionBackendEnum | None,
+        attn_selector_config: Any,
+        num_heads: int | None = None,
+    ) -> str:
+        if selected_backend is not backend_member():
+            return original(cls, selected_backend, attn_selector_config, num_heads)
+        member = backend_member()
+        reasons = member.get_class().validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise ValueError(
+                f"{BACKEND_NAME} can't serve this model on the CPU: {'; '.join(reasons)}. "
+                f"It was asked for {attn_selector_config}"
             )
-            if reasons:
-                raise ValueError(
-                    f"{BACKEND_NAME} can't serve this model on the CPU: {'; '.join(reasons)}. "
-                    f"It was asked for {attn_selector_config}"
-                )
-            _wrap_cpu_sampling()
-            return backend_member().get_path()
+        _wrap_cpu_sampling()
+        path: str = member.get_path()
+        return path
 
-        return classmethod(get_attn_backend_cls)
-
-    wrap(CpuPlatform, "get_attn_backend_cls", make)
+    wrap(CpuPlatform, "get_attn_backend_cls", choose)
 
 
 def _wrap_pool_planning() -> None:
@@ -182,28 +173,25 @@ def _wrap_pool_planning() -> None:
 
     from vllm_lminf.plugin.kv_cache import advice
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def get_kv_cache_configs(
-            vllm_config: VllmConfig,
-            kv_cache_specs: Any,
-            available_memory: list[int],
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
-            try:
-                return original(vllm_config, kv_cache_specs, available_memory, *args, **kwargs)
-            except ValueError as error:
-                selected = vllm_config.attention_config.backend is backend_member()
-                if not selected or "memory" not in str(error):
-                    raise
-                raise ValueError(
-                    f"{error}\n{advice(vllm_config, kv_cache_specs, available_memory)}"
-                ) from error
+    def plan(
+        original: Callable[..., Any],
+        vllm_config: VllmConfig,
+        kv_cache_specs: Any,
+        available_memory: list[int],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        try:
+            return original(vllm_config, kv_cache_specs, available_memory, *args, **kwargs)
+        except ValueError as error:
+            selected = vllm_config.attention_config.backend is backend_member()
+            if not selected or "memory" not in str(error):
+                raise
+            raise ValueError(
+                f"{error}\n{advice(vllm_config, kv_cache_specs, available_memory)}"
+            ) from error
 
-        return get_kv_cache_configs
-
-    wrap(core, "get_kv_cache_configs", make)
+    wrap(core, "get_kv_cache_configs", plan)
 
 
 def _wrap_cpu_sampling() -> None:
@@ -222,24 +210,22 @@ def _wrap_cpu_sampling() -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def sample_tokens(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(self, CPUModelRunner) or (
-                self.vllm_config.attention_config.backend is not backend_member()
-            ):
-                return original(self, *args, **kwargs)
-            generators = self.input_batch.generators
-            discarded = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]
-            withheld = {i: generators.pop(i) for i in discarded.tolist() if i in generators}
-            try:
-                return original(self, *args, **kwargs)
-            finally:
-                generators.update(withheld)
+    def sample(
+        original: Callable[..., Any], self: GPUModelRunner, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not isinstance(self, CPUModelRunner) or (
+            self.vllm_config.attention_config.backend is not backend_member()
+        ):
+            return original(self, *args, **kwargs)
+        generators = self.input_batch.generators
+        discarded = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]
+        withheld = {i: generators.pop(i) for i in discarded.tolist() if i in generators}
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            generators.update(withheld)
 
-        return sample_tokens
-
-    wrap(GPUModelRunner, "sample_tokens", make)
+    wrap(GPUModelRunner, "sample_tokens", sample)
 
 
 def _has_offset(generator: torch.Generator) -> bool:

@@ -15,7 +15,7 @@ def model_pattern(config: VllmConfig) -> LambdaPattern:
     pattern, model = LambdaConfig.of(config).pattern, config.model_config
     if not speculation.is_draft(model):
         return pattern
-    return speculation.draft_pattern(pattern, versions.trained_length(model))
+    return speculation.draft_pattern(pattern, versions.trained_lengths(model)[0])
 
 
 def layer_pattern(pattern: LambdaPattern, own_window: int | None) -> LambdaPattern:

@@ -98,20 +98,16 @@ def flash_attention(head_size: int) -> Callable[..., Any]:
     return functools.partial(flash_attn_varlen_func, fa_version=version)
 
 
-def trained_length(model_config: ModelConfig) -> int | None:
-    """Tokens of context that the checkpoint was trained for, as this configuration has it; None if
-    it is silent. `vllm_lminf.plugin.trained_length` looks behind it.
+def trained_lengths(model_config: ModelConfig) -> tuple[int | None, int | None]:
+    """Tokens of context that the checkpoint was trained for, as this configuration has it, and the
+    longest that the rotation was made for, which differs for LongRoPE alone: its long factors serve
+    beyond the original length. None where the configuration is silent; `trained_length` looks
+    behind it.
 
     It is the max_model_len that vLLM derives where the user gives none, without looking at the
     tokenizer, whose limit is no property of the weights. Dynamic NTK is the exception: it changes
     the rotation past the trained length, which vLLM counts in and LMINF never does.
     """
-    return trained_lengths(model_config)[0]
-
-
-def trained_lengths(model_config: ModelConfig) -> tuple[int | None, int | None]:
-    """The same, and the longest that the rotation was made for, which differs for LongRoPE alone:
-    its long factors serve beyond the original length."""
     from vllm.config.model import _get_and_verify_max_len
     from vllm.transformers_utils.config import iter_rope_parameters
 

@@ -3,42 +3,42 @@
 What is wrapped, and why, is listed in `vllm_lminf.plugin.patches`. This module imports no vLLM.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 _originals: dict[tuple[Any, str], Any] = {}
 
 
-def wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Puts ``make(original)`` in the place of a function of vLLM; once, however often it is asked.
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Has calls of a function of vLLM go to ``around(original, *args, **kwargs)``; once, however
+    often it is asked.
 
     Args:
         owner: the class or module that defines it.
-        name: its name there.
-        make: given what ``vars(owner)`` has under that name.
+        name: its name there. It may be a classmethod; ``around`` is given the class behind the
+            original function then.
+        around: gives what the call returns.
 
     Raises:
         RuntimeError: vLLM has no such function there any more.
     """
     if (owner, name) in _originals:
         return
-    original = defined(owner, name)
-    _originals[owner, name] = original
-    setattr(owner, name, make(original))
-
-
-def defined(owner: Any, name: str) -> Any:
-    """What a class or a module of vLLM has under this name.
-
-    Raises:
-        RuntimeError: nothing.
-    """
     if name not in vars(owner):
         raise RuntimeError(
             f"{path_of(owner, name)} isn't there in the installed vLLM, and LMINF stands on it: "
             "install a vLLM that this version of vllm-lminf knows"
         )
-    return vars(owner)[name]
+    original = _originals[owner, name] = vars(owner)[name]
+    is_classmethod = isinstance(original, classmethod)
+    function = original.__func__ if is_classmethod else original
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(function, *args, **kwargs)
+
+    setattr(owner, name, classmethod(wrapper) if is_classmethod else wrapper)
 
 
 def installed() -> list[str]:
