@@ -203,7 +203,7 @@ class LambdaAttentionBackend(AttentionBackend):
 
 
 def _asked() -> str:
-    """The setting "kernel" of the engine that this is about."""
+    """The setting "kernel" of the engine that is being built, or was built last."""
     engine = get_current_vllm_config_or_none()
     if engine is None:
         built_last = getattr(LambdaAttentionImpl, "built_last", None)
@@ -597,7 +597,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
 
 
 def _no_cache() -> None:
-    """Stands for a reference to a cache that is gone."""
+    """In place of a weak reference, where no cache is bound."""
 
 
 def warm_up(engine: VllmConfig) -> None:

@@ -199,7 +199,7 @@ def _feature_reasons(config: "VllmConfig") -> list[str]:
 
 
 def _kernel_reasons(config: "VllmConfig", asked: str, pattern: LambdaPattern) -> list[str]:
-    """Why no kernel that was asked for can run. The automatic one starts to compile, if it does."""
+    """Why no kernel that was asked for can run. One that "auto" found begins to compile."""
     model, word = config.model_config, config.cache_config.cache_dtype
     if model.is_attention_free or cache_dtype_of(word, model.dtype) is None:
         return []  # told with the model, or with the features

@@ -230,7 +230,7 @@ class LambdaConfig:
 
     @classmethod
     def of(cls, engine: Any) -> Self:
-        """That of an engine, from its configuration, vLLM's VllmConfig.
+        """Reads it from an engine's configuration, vLLM's VllmConfig.
 
         Raises:
             RuntimeError: the configuration wasn't completed.
@@ -274,17 +274,17 @@ class LambdaConfig:
         return cls(**{**section, "trained": Trained(**own)})
 
     def _deviations(self) -> dict[str, Any]:
-        """The settings that would come to this, as few as possible: what is as it would be by
-        itself for such a model is left out, so that for another one it may be otherwise."""
+        """The settings that differ from the defaults for this model. The others are left to default
+        anew, since the configuration that is completed again may be of another model."""
         plain = Settings()
-        by_itself = {
+        defaults = {
             "n_global": plain.n_global,
             "n_local": self.trained.length,
             "distance_limit": self.n_local,
             "kernel": plain.kernel,
         }
         own = {name: getattr(self, name) for name in _NAMES}
-        return {name: value for name, value in own.items() if value != by_itself[name]}
+        return {name: value for name, value in own.items() if value != defaults[name]}
 
 
 def _section(additional_config: object, problems: list[str]) -> Mapping[str, Any]:

@@ -19,16 +19,11 @@ Layout = Callable[[torch.Tensor], torch.Tensor]
 """From the angle of every pair, [..., rotary_dim / 2], to what a module hands out."""
 
 
-def _twice(angles: torch.Tensor) -> torch.Tensor:
-    return torch.cat((angles, angles), dim=-1)
-
-
-def _each_twice(angles: torch.Tensor) -> torch.Tensor:
-    return angles.repeat_interleave(2, dim=-1)
-
-
-def _once(angles: torch.Tensor) -> torch.Tensor:
-    return angles
+_LAYOUTS: tuple[Layout, ...] = (
+    lambda angles: torch.cat((angles, angles), dim=-1),
+    lambda angles: angles.repeat_interleave(2, dim=-1),
+    lambda angles: angles,
+)
 
 
 class ExactPositionEmbeddings(nn.Module):
@@ -92,8 +87,8 @@ def make_exact(
 ) -> ExactPositionEmbeddings:
     """What takes the place of one of Hugging Face's rotary modules.
 
-    Some have other frequencies for long sequences (LongRoPE, dynamic NTK). Taken are those for a
-    sequence as long as the largest distance.
+    Some have other frequencies for long sequences (LongRoPE, dynamic NTK): those for a sequence as
+    long as the largest distance are taken.
 
     Args:
         module: the model's.
@@ -106,7 +101,7 @@ def make_exact(
     """
     positions = torch.tensor([[0, 1, 2, 3, 5, 8, 13, distance_limit - 1]], device=device)
     specs: dict[str | None, RotarySpec] = {}
-    layouts = [_twice, _each_twice, _once]
+    layouts = list(_LAYOUTS)
     keeps_float32 = True
     for prefix, layer_type in _layer_types(module):
         arguments = () if layer_type is None else (layer_type,)

@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """A rotation, and its angles at any position. What belongs together is one object: layers that
-    share it share what follows from it.
+    """A rotation, and its angles at any position. Compared by identity: the layers that one rotary
+    module rotates share one object, and what kernels keep for it.
 
     Attributes:
-        spec: what is rotated, and how fast.
+        spec: which dimensions are rotated, and their frequencies.
         tables: cosines and sines.
     """
 
