@@ -18,6 +18,13 @@ from vllm_lminf.kernels.triton.tiles import blocks_of, load_rows, request_of_til
 
 
 @triton.jit
+def sum_of_products(query, key, query_other, key_other):
+    """Products [rows, keys] of queries and keys whose dimensions come in two halves."""
+    products = tl.dot(query, tl.trans(key), input_precision="ieee")
+    return tl.dot(query_other, tl.trans(key_other), products, input_precision="ieee")
+
+
+@triton.jit
 def global_branch(
     weighted, total, largest,
     query, query_row, valid, position, num_global, first_tile, end_tile,
@@ -25,8 +32,7 @@ def global_branch(
     stride_key_block, stride_key_token, stride_value_block, stride_value_token,
     N_GLOBAL: tl.constexpr, N_LOCAL: tl.constexpr, LIMIT: tl.constexpr,
     HEAD_SIZE: tl.constexpr, DIMS: tl.constexpr, HALF: tl.constexpr, IS_NEOX: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE_GLOBAL: tl.constexpr, TILE_PAIRS: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_GLOBAL: tl.constexpr,
 ):  # fmt: skip
     """Adds the global keys behind the window to a softmax.
 
@@ -61,53 +67,37 @@ def global_branch(
             )  # fmt: skip
             products = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee")
         else:
-            # Some pairs at a time, so that vectors and angles stay in registers beside the softmax.
-            IS_WHOLE: tl.constexpr = 2 * HALF == DIMS and DIMS % (2 * TILE_PAIRS) == 0
-            PRESENT: tl.constexpr = HEAD_SIZE if HEAD_SIZE == DIMS and IS_WHOLE else 0
-            products = tl.zeros((position.shape[0], TILE_GLOBAL), tl.float32)
-            near = products
-            for low in tl.range(0, DIMS // 2, TILE_PAIRS, num_stages=1):
-                pairs = low + tl.arange(0, TILE_PAIRS)
-                one, other = dims_of(pairs, HALF, IS_NEOX, IS_WHOLE)
-                q = tl.load(
-                    query_row[:, None] + one[None, :],
-                    mask=valid[:, None] & (one < HEAD_SIZE)[None, :],
-                    other=0.0,
-                )
-                q_other = tl.load(
-                    query_row[:, None] + other[None, :],
-                    mask=valid[:, None] & (other < HEAD_SIZE)[None, :],
-                    other=0.0,
-                )
-                k = load_rows(
-                    key, blocks, keys, one, readable, stride_key_block, stride_key_token,
-                    BLOCK_SIZE, HEAD_SIZE, PRESENT,
-                )  # fmt: skip
-                k_other = load_rows(
-                    key, blocks, keys, other, readable, stride_key_block, stride_key_token,
-                    BLOCK_SIZE, HEAD_SIZE, PRESENT,
-                )  # fmt: skip
-                if LIMIT > N_LOCAL:
-                    near = tl.dot(q, tl.trans(k.to(q.dtype)), near, input_precision="ieee")
-                    near = tl.dot(
-                        q_other, tl.trans(k_other.to(q.dtype)), near, input_precision="ieee"
-                    )
-                cos, sin = angles_of(angles, first_beyond, beyond - first_beyond, pairs, HALF)
-                q, q_other = inverse_rotation(q, q_other, cos, sin)
-                if N_GLOBAL <= 1024:
-                    cos, sin = small_angles_of(angles, keys, pairs, HALF)
-                else:
-                    cos, sin = angles_of(angles, start, offsets, pairs, HALF)
-                k, k_other = inverse_rotation(k, k_other, cos, sin)
-                products = tl.dot(
-                    q.to(query.dtype), tl.trans(k.to(query.dtype)), products,
-                    input_precision="ieee",
-                )  # fmt: skip
-                products = tl.dot(
-                    q_other.to(query.dtype), tl.trans(k_other.to(query.dtype)), products,
-                    input_precision="ieee",
-                )  # fmt: skip
+            # All pairs at once takes the fewest registers. A product takes 16 dimensions and more.
+            PAIRS: tl.constexpr = max(16, DIMS // 2)
+            IS_WHOLE: tl.constexpr = HALF == PAIRS
+            PRESENT: tl.constexpr = HEAD_SIZE if IS_WHOLE else 0
+            pairs = tl.arange(0, PAIRS)
+            one, other = dims_of(pairs, HALF, IS_NEOX, IS_WHOLE)
+            present = valid[:, None] & (one < HEAD_SIZE)[None, :]
+            q = tl.load(query_row[:, None] + one[None, :], mask=present, other=0.0)
+            present = valid[:, None] & (other < HEAD_SIZE)[None, :]
+            q_other = tl.load(query_row[:, None] + other[None, :], mask=present, other=0.0)
+            k = load_rows(
+                key, blocks, keys, one, readable, stride_key_block, stride_key_token,
+                BLOCK_SIZE, HEAD_SIZE, PRESENT,
+            )  # fmt: skip
+            k_other = load_rows(
+                key, blocks, keys, other, readable, stride_key_block, stride_key_token,
+                BLOCK_SIZE, HEAD_SIZE, PRESENT,
+            )  # fmt: skip
+            cos, sin = angles_of(angles, first_beyond, beyond - first_beyond, pairs, HALF)
+            at_limit, at_limit_other = inverse_rotation(q, q_other, cos, sin)
+            if N_GLOBAL <= 1024:
+                cos, sin = small_angles_of(angles, keys, pairs, HALF)
+            else:
+                cos, sin = angles_of(angles, start, offsets, pairs, HALF)
+            at_zero, at_zero_other = inverse_rotation(k, k_other, cos, sin)
+            products = sum_of_products(
+                at_limit.to(query.dtype), at_zero.to(query.dtype),
+                at_limit_other.to(query.dtype), at_zero_other.to(query.dtype),
+            )  # fmt: skip
             if LIMIT > N_LOCAL:
+                near = sum_of_products(q, k.to(q.dtype), q_other, k_other.to(q.dtype))
                 products = tl.where(distance > LIMIT, products, near)
         scores, unit = score(products, tl.minimum(distance, LIMIT), slopes, scale, SOFTCAP)
         visible = (distance >= N_LOCAL) & (keys < N_GLOBAL)[None, :]
@@ -178,7 +168,7 @@ def attention_kernel(
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, DIMS: tl.constexpr,
     HALF: tl.constexpr, IS_NEOX: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_QUERIES: tl.constexpr,
-    TILE_KEYS: tl.constexpr, TILE_GLOBAL: tl.constexpr, TILE_PAIRS: tl.constexpr,
+    TILE_KEYS: tl.constexpr, TILE_GLOBAL: tl.constexpr,
     GLOBAL_COST: tl.constexpr, IS_DECODE: tl.constexpr,
 ):  # fmt: skip
     """Λ-attention of one tile of rows; grid (tiles, key heads, splits).
@@ -306,7 +296,7 @@ def attention_kernel(
                 key, value, block_row, angles, row_slopes, scale,
                 stride_key_block, stride_key_token, stride_value_block, stride_value_token,
                 N_GLOBAL, N_LOCAL, LIMIT, HEAD_SIZE, DIMS, HALF, IS_NEOX,
-                SOFTCAP, BLOCK_SIZE, TILE_GLOBAL, TILE_PAIRS,
+                SOFTCAP, BLOCK_SIZE, TILE_GLOBAL,
             )  # fmt: skip
 
     # A split's keys may all be hidden from some row.

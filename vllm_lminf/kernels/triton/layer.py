@@ -406,7 +406,6 @@ class TritonKernel(TritonCacheKernel):
             "TILE_ROWS": plan.rows,
             "TILE_QUERIES": plan.queries,
             "TILE_GLOBAL": plan.global_keys,
-            "TILE_PAIRS": plan.pairs,
             "enable_fp_fusion": True,
             "num_warps": plan.num_warps,
             "num_stages": plan.num_stages,

@@ -32,7 +32,7 @@ def merge_kernel(
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, DIMS: tl.constexpr,
     HALF: tl.constexpr, IS_NEOX: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_QUERIES: tl.constexpr, TILE_GLOBAL: tl.constexpr,
-    TILE_PAIRS: tl.constexpr, IS_DECODE: tl.constexpr,
+    IS_DECODE: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows; grid (tiles, key heads). Arguments as those of `attention_kernel`.
 
@@ -96,7 +96,7 @@ def merge_kernel(
         block_table + tl.cast(request, tl.int64) * stride_table, angles, row_slopes, scale,
         stride_key_block, stride_key_token, stride_value_block, stride_value_token,
         N_GLOBAL, N_LOCAL, LIMIT, HEAD_SIZE, DIMS, HALF, IS_NEOX,
-        SOFTCAP, BLOCK_SIZE, TILE_GLOBAL, TILE_PAIRS,
+        SOFTCAP, BLOCK_SIZE, TILE_GLOBAL,
     )  # fmt: skip
     result = weighted / total[:, None]
     if value_scale is not None:

@@ -96,7 +96,6 @@ class Plan:
         queries: queries of a tile.
         keys: keys of a tile of the window.
         global_keys: keys of a tile of the global branch.
-        pairs: pairs of dimensions that are rotated at once there, of queries and keys.
         num_warps, num_stages: Triton's.
     """
 
@@ -104,7 +103,6 @@ class Plan:
     queries: int
     keys: int
     global_keys: int
-    pairs: int
     num_warps: int
     num_stages: int
 
@@ -121,11 +119,6 @@ def _global_keys(pattern: LambdaPattern) -> int:
     return max(_MIN_ROWS, min(_MOST_GLOBAL_KEYS, power_of_two(pattern.n_global)))
 
 
-def _pairs(heads: Heads, most: int) -> int:
-    """As many as fit into registers beside the softmax; a product takes 16 and more."""
-    return max(16, min(most, power_of_two(heads.head_size) // 2))
-
-
 def decode_plan(
     heads: Heads, pattern: LambdaPattern, cache_dtype: torch.dtype, hardware: Hardware, rows: int
 ) -> Plan:
@@ -135,9 +128,8 @@ def decode_plan(
     keys = max(16, min(MOST_TILE_KEYS, 16384 // row_bytes))
     warps = 8 if heads.dtype.itemsize > 2 or rows > 32 else 4
     group = heads.num_heads // heads.num_kv_heads
-    pairs = _pairs(heads, 64 if rows <= 16 else 32)
     stages = 2 if hardware.is_amd else 4
-    plan = Plan(rows, rows // group, keys, _global_keys(pattern), pairs, warps, stages)
+    plan = Plan(rows, rows // group, keys, _global_keys(pattern), warps, stages)
     # Two programs to a multiprocessor, each with 1 KiB of the driver's.
     room = (hardware.shared_memory + 1024) // _PROGRAMS_PER_MULTIPROCESSOR - 1024
     return _fitted(plan, heads, cache_dtype, room, plan.num_stages - 1)
@@ -159,7 +151,7 @@ def prefill_plan(
     if hardware.is_amd:
         stages = 2
     rows = max(rows, power_of_two(group))
-    plan = Plan(rows, rows // group, keys, _global_keys(pattern), _pairs(heads, 16), 8, stages)
+    plan = Plan(rows, rows // group, keys, _global_keys(pattern), 8, stages)
     # Where warp groups multiply, the tile that they read is one more to hold.
     ahead = stages if by_groups else stages - 1
     return _fitted(plan, heads, cache_dtype, hardware.shared_memory, ahead)
@@ -194,7 +186,7 @@ def merge_plan(
     plan = prefill_plan(heads, pattern, cache_dtype, hardware)
     group = heads.num_heads // heads.num_kv_heads
     rows = max(min(plan.rows, 64), power_of_two(group))
-    return replace(plan, rows=rows, queries=rows // group, pairs=_pairs(heads, 32))
+    return replace(plan, rows=rows, queries=rows // group)
 
 
 def num_splits(programs: int, tiles: int, slots: int, most: int) -> int:
