@@ -1,6 +1,6 @@
 """The data that contenders share: requests in a paged cache, a batch of them, what the oracle says.
 
-Keys and queries are drawn as rotated ones; for the oracle, which rotates, they are turned back.
+Keys and queries are drawn as rotated ones; for the oracle, which rotates, they are rotated back.
 """
 
 from collections.abc import Callable
@@ -132,7 +132,7 @@ class Sequences:
             write(key, value, blocks * block_size + positions % block_size)
 
     def raw(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Rotated heads [tokens, num_heads, head_size] turned back to position 0; float64."""
+        """Rotated heads [tokens, num_heads, head_size] rotated back to position 0; float64."""
         angles = positions.to("cpu", torch.float64)[:, None] * self.rotary.inv_freq
         return rotate(x.to("cpu", torch.float64), angles.cos(), -angles.sin(), is_neox_style=True)
 
