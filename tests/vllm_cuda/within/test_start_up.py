@@ -105,10 +105,9 @@ class TestConfiguration:
 
 class TestKernel:
     @pytest.mark.parametrize("capability", DEVICES, indirect=True, ids=str)
-    def test_automatic_choice_is_triton(
-        self, capability: DeviceCapability, model_path: str
-    ) -> None:
-        assert chosen(engine(model_path)) == "triton"
+    def test_automatic_choice(self, capability: DeviceCapability, model_path: str) -> None:
+        best = "hybrid" if capability == DeviceCapability(9, 0) else "triton"
+        assert chosen(engine(model_path)) == best
         assert chosen(engine(model_path, "triton")) == "triton"
         assert chosen(engine(model_path, "reference")) == "reference"
 
