@@ -232,6 +232,15 @@ class LambdaPattern(Pattern):
         """
         return max(0, i - self.n_local + 1)
 
+    def middle(self, i: int) -> range:
+        """The positions that the query at ``i`` has behind it and doesn't see:
+        ``n_global <= j <= i - n_local``.
+
+        Example: ``n_global=3, n_local=4``; the query at 9 doesn't see [3, 4, 5].
+        """
+        window_start = self.window_start(i)
+        return range(min(self.n_global, window_start), window_start)
+
     def freed_blocks(
         self, num_computed_tokens: int, block_size: int, extra_retained_tokens: int = 0
     ) -> tuple[range, ...]:

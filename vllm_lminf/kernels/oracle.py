@@ -4,8 +4,10 @@ It materialises every score, so it is for tests and for reading, in any dtype up
 """
 
 import torch
+import torch.nn.functional as F
 
-from vllm_lminf.pattern import Pattern
+from vllm_lminf.middle import Middle
+from vllm_lminf.pattern import Pattern, cdiv
 from vllm_lminf.rope import RotarySpec, rotate
 
 
@@ -21,6 +23,8 @@ def lambda_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     query_start: int = 0,
+    middle: Middle | None = None,
+    prompt_len: int = 0,
 ) -> torch.Tensor:
     """Attention of each query to the intervals that it sees; under a Λ that is LM-Infinite's (arXiv
     2308.16137, section 3).
@@ -28,6 +32,12 @@ def lambda_attention(
     A pair whose distance counts as ``d`` scores ``<R(d) q_i, k_j>``, where ``R(n)`` rotates by
     ``n`` positions. Where ``d`` is the pair's own, ``i - j``, that equals ``<R(i) q_i, R(j)
     k_j>``, which is how it is computed here.
+
+    With ``middle``, queries from `Middle.first_row` on also attend to the best units of what the
+    pattern hides of the past: its pairs count as ``middle.distance`` apart, and a unit is ranked by
+    its largest product ``<R(middle.distance) q_i, k_j>``, before scale, softcap and bias. (Neither
+    changes the order of the keys of a head; ALiBi's bias would change that of blocks which heads of
+    different slopes have in common.)
 
     Args:
         query: not rotated; shape [num_queries, num_heads, head_size].
@@ -40,6 +50,8 @@ def lambda_attention(
         softcap: every score ``s`` becomes ``softcap * tanh(s / softcap)`` (Gemma 2), or None.
         sinks: for every head the score of one more key with a value of zero (gpt-oss), or None.
         query_start: position of the first query.
+        middle: what is recalled from the middle, in a layer that recalls; None for nothing.
+        prompt_len: tokens of the prompt, which decides who looks into the middle.
 
     Returns:
         Shape [num_queries, num_heads, head_size], in query's dtype.
@@ -62,11 +74,17 @@ def lambda_attention(
         scores = torch.einsum("ihd,jhd->hij", query, key)
     else:
         scores = torch.einsum("ihd,jhd->hij", _rotate(query, i, rotary), _rotate(key, j, rotary))
-        unrotated = _rotate(key, torch.tensor([0]), rotary)
         moved = visible & (distance != difference)
-        for d in distance[moved].unique():
-            there = torch.einsum("ihd,jhd->hij", _rotate(query, d[None], rotary), unrotated)
+        for d in distance[moved].unique().tolist():
+            there = torch.einsum("ihd,jhd->hij", *_stationary(query, key, d, rotary))
             scores = torch.where(moved & (distance == d), there, scores)
+    if middle is not None:
+        looking = (i >= middle.first_row(prompt_len))[:, None] & (difference >= 0) & ~visible
+        products = torch.einsum("ihd,jhd->hij", *_stationary(query, key, middle.distance, rotary))
+        recalled = _best_units(products, looking, middle, group_size)
+        scores = torch.where(recalled, products, scores)
+        distance = torch.where(recalled, middle.distance, distance)
+        visible = visible | recalled
     scores = scores * scale
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
@@ -78,6 +96,46 @@ def lambda_attention(
         scores = torch.cat((scores, column), dim=-1)
     weights = scores.softmax(dim=-1)[..., : key.shape[0]]
     return torch.einsum("hij,jhd->ihd", weights, value)
+
+
+def _best_units(
+    products: torch.Tensor, looking: torch.Tensor, middle: Middle, group_size: int
+) -> torch.Tensor:
+    """Which keys of the middle are recalled.
+
+    Args:
+        products: what keys are ranked by; [num_heads, num_queries, num_keys].
+        looking: who looks at which key; bool [num_queries, num_keys].
+        middle: what a unit is, and how many are recalled.
+        group_size: query heads that share a key head.
+
+    Returns:
+        bool [num_heads, num_queries, num_keys].
+    """
+    num_heads, num_queries, num_keys = products.shape
+    size = middle.block_size
+    num_units = cdiv(num_keys, size)
+    padding = (0, num_units * size - num_keys)
+    ranks = F.pad(products.masked_fill(~looking, -torch.inf), padding, value=-torch.inf)
+    ranks = ranks.unflatten(-1, (num_units, size)).amax(dim=-1)
+    if size > 1:
+        shared = ranks.unflatten(0, (-1, group_size)).amax(dim=1)
+        ranks = shared.repeat_interleave(group_size, dim=0)
+    # A stable sort leaves equals in the order of their positions.
+    best = ranks.sort(dim=-1, descending=True, stable=True).indices[..., : middle.top_k]
+    chosen = torch.zeros(num_heads, num_queries, num_units, dtype=torch.bool)
+    chosen.scatter_(-1, best, True)
+    return chosen.repeat_interleave(size, dim=-1)[..., :num_keys] & looking
+
+
+def _stationary(
+    query: torch.Tensor, key: torch.Tensor, distance: int, rotary: RotarySpec | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys whose products are those at one distance, wherever they stand."""
+    if rotary is None:
+        return query, key
+    rotated = _rotate(query, torch.tensor([distance]), rotary)
+    return rotated, _rotate(key, torch.tensor([0]), rotary)
 
 
 def _rotate(x: torch.Tensor, positions: torch.Tensor, rotary: RotarySpec) -> torch.Tensor:
