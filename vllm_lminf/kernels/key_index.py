@@ -2,8 +2,8 @@
 
 A key ``x`` is centred and turned, and what that gives is rounded to ``bits`` bits an element: codes
 ``c``, one scale ``s`` and one radius ``rho`` a key. The scan of all codes gives an estimate of
-every product ``q . x`` and a bound that is certain. The keys that may score highest are scored
-exactly; where no other key's bound reaches the k-th best of them, they hold the exact top k.
+every product ``q . x`` and a bound that is certain. A few candidates are scored exactly; where no
+other key can reach the k-th best of them, they hold the exact top k.
 
 The estimate. With the centre ``m`` and the orthogonal matrix ``R``::
 
@@ -37,6 +37,11 @@ BITS = (1, 2, 3, 4, 8)
 
 _CLIPS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Largest elements that codes reach, as shares of a key's largest, of which the best is taken."""
+
+_CERTIFYING_BITS = 4
+"""From so many bits on, candidates are the keys that may score highest, since these decide whether
+a result is certain. With fewer, where few results ever are, they are the keys with the highest
+estimates, among which more of the best are found (docs/middle_search.md)."""
 
 _UNDERFLOW = 2.0**-100
 """More than what all products of a score can lose below float32's smallest numbers."""
@@ -200,13 +205,11 @@ def search(
 
     estimate, bound = index.scan(query)
     highest = (estimate + bound).masked_fill_(hidden, -torch.inf)
-    # One more than is scored tells how high the others may reach.
-    leading = highest.topk(min(num_candidates + 1, num_keys), dim=-1)
+    estimate = estimate.masked_fill(bound.isinf(), torch.inf).masked_fill_(hidden, -torch.inf)
+    order = highest if index.format.bits >= _CERTIFYING_BITS else estimate
     # In the order of their positions, so that a stable sort leaves equals in it.
-    candidates = leading.indices[..., :num_candidates].sort(dim=-1).values
-    others = torch.full(candidates.shape[:2], -torch.inf, device=key.device)
-    if leading.values.shape[-1] > num_candidates:
-        others = leading.values[..., num_candidates]
+    candidates = order.topk(min(num_candidates, num_keys), dim=-1).indices.sort(dim=-1).values
+    others = highest.scatter(-1, candidates, -torch.inf).amax(dim=-1)
 
     heads = torch.arange(num_kv_heads, device=key.device)[:, None, None]
     gathered = key.transpose(0, 1)[heads, candidates].float()
