@@ -156,6 +156,8 @@ class CpuContenders:
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
         current_platform.import_kernels()
+        # In an engine, PyTorch's products of matrices have asked the system for AMX before.
+        torch.cpu._init_amx()
         setting, shape = sequences.setting, sequences.shape
         self._ops, self._sequences = ops, sequences
         self.isa: str = _get_attn_isa(setting.dtype, setting.block_size, shape.head_size, "auto")

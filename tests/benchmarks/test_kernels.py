@@ -18,6 +18,7 @@ from benchmarks.contenders import (
     FLASH_WINDOW,
     FLEX_WINDOW,
     LMINF_FLASH,
+    LMINF_HYBRID,
     LMINF_XFORMERS,
     OTHERS_OWN,
     TORCH_FULL,
@@ -328,7 +329,7 @@ def test_interpreted(tmp_path: Path) -> None:
         not_paged = {FLEX_WINDOW, TORCH_FULL}
         assert timed & not_paged == (not_paged if kind != "context" else set())
         assert timed | absent == own | not_paged & timed | {
-            *(LMINF_XFORMERS, LMINF_FLASH, FLASH_WINDOW),
+            *(LMINF_XFORMERS, LMINF_FLASH, LMINF_HYBRID, FLASH_WINDOW),
         }
         assert timed - own <= set(OTHERS_OWN)
     assert max(record["error"] for record in found["work"]) < 4e-6
