@@ -169,7 +169,7 @@ def attention_kernel(
     HALF: tl.constexpr, IS_NEOX: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_QUERIES: tl.constexpr,
     TILE_KEYS: tl.constexpr, TILE_GLOBAL: tl.constexpr,
-    GLOBAL_COST: tl.constexpr, IS_DECODE: tl.constexpr,
+    IS_DECODE: tl.constexpr,
 ):  # fmt: skip
     """Λ-attention of one tile of rows; grid (tiles, key heads, splits).
 
@@ -182,7 +182,6 @@ def attention_kernel(
         num_rows: of a tile that there is room for in `partial`.
         skip: where IS_DECODE isn't, requests with no more queries are left alone.
         HALF, IS_NEOX: of the rotation.
-        GLOBAL_COST: tiles of the window that take as long as one of the global branch.
         IS_DECODE: one tile holds all queries of a request, and requests with more queries are
             left alone.
     """
@@ -231,17 +230,16 @@ def attention_kernel(
     global_tiles = (num_global + TILE_GLOBAL - 1) // TILE_GLOBAL
     window_start = tl.maximum(first - N_LOCAL + 1, 0) // TILE_KEYS
     window_end = last // TILE_KEYS + 1
-    first_global, end_global, cost = 0, global_tiles, global_tiles * GLOBAL_COST
+    first_global, end_global = 0, global_tiles
     if IS_DECODE:
-        # This program's part of all tiles; those of the global branch count first, as several.
-        end_at = cost + window_end - window_start
-        share, rest = end_at // tl.num_programs(2), end_at % tl.num_programs(2)
+        # This program's part of all tiles; those of the global branch count first.
+        num_tiles = global_tiles + window_end - window_start
+        share, rest = num_tiles // tl.num_programs(2), num_tiles % tl.num_programs(2)
         begin_at = split * share + tl.minimum(split, rest)
         end_at = begin_at + share + tl.where(split < rest, 1, 0)
-        first_global = (begin_at + GLOBAL_COST - 1) // GLOBAL_COST
-        end_global = tl.minimum((end_at + GLOBAL_COST - 1) // GLOBAL_COST, global_tiles)
-        window_end = window_start + tl.maximum(end_at - cost, 0)
-        window_start += tl.maximum(begin_at - cost, 0)
+        first_global, end_global = begin_at, tl.minimum(end_at, global_tiles)
+        window_end = window_start + tl.maximum(end_at - global_tiles, 0)
+        window_start += tl.maximum(begin_at - global_tiles, 0)
 
     weighted = tl.zeros((TILE_ROWS, DIMS), tl.float32)
     largest, total = begin(sinks, head, split == 0)

@@ -20,7 +20,6 @@ from vllm_lminf.kernels.base import (
     PagedCache,
 )
 from vllm_lminf.kernels.triton.plan import (
-    GLOBAL_COST,
     MAX_DECODE_ROWS,
     MOST_TILE_KEYS,
     Plan,
@@ -257,8 +256,7 @@ class TritonKernel(TritonCacheKernel):
             tiles = query.shape[0] // plan.queries + num_requests
             self._attention_kernel[tiles, self._heads.num_kv_heads](
                 *self._attention_arguments(query, cache, batch, output, skip=step.skip),
-                **self._attention_sizes(cache, plan), TILE_KEYS=plan.keys, GLOBAL_COST=GLOBAL_COST,
-                IS_DECODE=False,
+                **self._attention_sizes(cache, plan), TILE_KEYS=plan.keys, IS_DECODE=False,
             )  # fmt: skip
 
     def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
@@ -361,8 +359,7 @@ class TritonKernel(TritonCacheKernel):
             partial, lse = self._workspace.partial_results(rows, self._dims)
         self._attention_kernel[num_requests, heads.num_kv_heads, splits](
             *self._attention_arguments(query, cache, batch, output, partial, lse, num_rows),
-            **self._attention_sizes(cache, plan), TILE_KEYS=plan.keys, GLOBAL_COST=GLOBAL_COST,
-            IS_DECODE=True,
+            **self._attention_sizes(cache, plan), TILE_KEYS=plan.keys, IS_DECODE=True,
         )  # fmt: skip
         if splits > 1:
             self._reduce_kernel[num_requests, queries, heads.num_heads](

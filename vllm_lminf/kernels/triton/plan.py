@@ -33,10 +33,6 @@ of them, and its keys are split among programs."""
 MOST_TILE_KEYS = 128
 """No tile has more keys; tiles are powers of two."""
 
-GLOBAL_COST = 2
-"""Tiles of the window that take as long as one of the global branch, which is rotated: where keys
-are split among programs, so many are left to others."""
-
 _MIN_ROWS = 16
 _MOST_GLOBAL_KEYS = 32
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -267,8 +263,7 @@ def plan_step(
         if num_requests == 1:
             return Step(None, 1, long)
     programs = num_requests * heads.num_kv_heads
-    global_tiles = GLOBAL_COST * cdiv(pattern.n_global, short.global_keys)
-    tiles = cdiv(pattern.n_local, short.keys) + 1 + global_tiles
+    tiles = cdiv(pattern.n_local, short.keys) + cdiv(pattern.n_global, short.global_keys) + 1
     room = most_partial_rows(heads, hardware) // (programs * short.rows)
     return Step(short, num_splits(programs, tiles, slots_of(hardware), room), long)
 
