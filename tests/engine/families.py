@@ -631,7 +631,7 @@ REFUSED_FAMILIES = {
         "HunYuanDenseV1Config",
         {"head_dim": 16, **_GQA, **_rope()},
         r"layers \S+\.0\.\S*attn, \S+\.1\.\S*attn: its queries and keys, 16 dimensions each, "
-        r"aren't turned by a rotation",
+        r"aren't rotated by a rotation",
     ),
     "ministral-3-beyond": RefusedFamily(
         "Ministral 3 beyond its trained length",
