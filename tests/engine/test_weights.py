@@ -147,7 +147,8 @@ def root_mean_square_error(
 def test_four_bit_weights(engine: Engine, tmp_path: Path) -> None:
     """vLLM's kernel for them runs in 16 bits alone. Against the weights that the bits stand for, in
     float64: inside the window LMINF may be no further off than stock vLLM is, and beyond it no
-    further than LMINF is on those weights unpacked."""
+    further than LMINF is on those weights unpacked, times what the kernel for 4 bits costs stock
+    vLLM (2.6 where it uses AMX, nothing elsewhere)."""
     current_platform.import_kernels()
     if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         pytest.skip("vLLM's own kernel for 4-bit weights needs AVX-512, which this CPU lacks")
@@ -156,9 +157,12 @@ def test_four_bit_weights(engine: Engine, tmp_path: Path) -> None:
     ours = LAMBDA | {"dtype": "bfloat16"}
     with engine(packed, backend=None, dtype="bfloat16", max_model_len=64) as llm:
         stock = root_mean_square_error(llm, plain, inside, PATTERN)
+    with engine(plain, backend=None, dtype="bfloat16", max_model_len=64) as llm:
+        cost = max(1.0, stock / root_mean_square_error(llm, plain, inside, PATTERN))
     with engine(packed, **ours) as llm:
         assert llm.llm_engine.vllm_config.model_config.quantization is not None
         assert root_mean_square_error(llm, plain, inside, PATTERN) < 1.25 * stock
         packed_beyond = root_mean_square_error(llm, plain, beyond, PATTERN)
     with engine(plain, **ours) as llm:
-        assert packed_beyond < 1.25 * root_mean_square_error(llm, plain, beyond, PATTERN)
+        unpacked = root_mean_square_error(llm, plain, beyond, PATTERN)
+        assert packed_beyond < 1.25 * cost * unpacked
