@@ -5,6 +5,7 @@ Its own operators are interpreted in `tests.kernels.triton.interpreted.test_xfor
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import math
 import os
 import subprocess
@@ -275,6 +276,23 @@ class TestRefusals:
         assert 'pip install "triton<3.9"' in reason
         versions["xformers"] = "0.0.36"
         assert XformersKernel.unsupported_reasons(SERVED) == []
+
+    def test_a_compiled_part_that_does_not_load(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On a PyTorch for CUDA alone: the installed one wants libraries that aren't here."""
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        (reason,) = XformersKernel.unsupported_reasons(SERVED)
+        assert "compiled part doesn't load beside PyTorch" in reason
+        assert "_C" in reason
+        assert "or choose kernel triton" in reason
+        find = importlib.util.find_spec
+        bare = importlib.util.spec_from_file_location("xformers", tmp_path / "__init__.py")
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: bare if name == "xformers" else find(name)
+        )
+        (reason,) = XformersKernel.unsupported_reasons(SERVED)
+        assert reason.startswith("the installed xformers has no compiled part: install")
 
     @pytest.mark.parametrize(
         ("version", "is_refused"),

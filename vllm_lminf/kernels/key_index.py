@@ -103,7 +103,7 @@ class KeyIndex:
         """Indexes keys.
 
         Args:
-                key: [num_keys, num_kv_heads, head_size], float32 or narrower, finite.
+            key: [num_keys, num_kv_heads, head_size], float32 or narrower, finite.
             bits: of an element of the index.
             centre: what is subtracted from the keys of a head, any dtype; [num_kv_heads,
                 head_size]. The closer to their mean, the better.
