@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from vllm_lminf.kernels.archive import ArchiveFormat, RecallBatch
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotationTables
 
@@ -158,6 +160,8 @@ class LayerConfig:
         capability: a CUDA device's compute capability; None elsewhere, AMD included.
         rotation: the model's RoPE; None where nothing is rotated.
         decode_len: queries of a request that decodes, its drafts included.
+        middle: what its queries recall; None where the layer has no archive.
+        index_bits: of an element of the archive's index.
         flash_attention: for the kernels that call it.
         shared: what an engine's layers keep in common, as a workspace. They run one after the
             other, on one stream.
@@ -172,6 +176,8 @@ class LayerConfig:
     capability: tuple[int, int] | None = None
     rotation: Rotation | None = None
     decode_len: int = 1
+    middle: Middle | None = None
+    index_bits: int = 8
     flash_attention: FlashAttentionProvider | None = None
     shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
@@ -179,6 +185,14 @@ class LayerConfig:
     def far_rotation(self) -> Rotation | None:
         """What far pairs are turned by. Without global tokens nothing is ever beyond the limit."""
         return self.rotation if self.pattern.n_global > 0 else None
+
+    @property
+    def archive_format(self) -> ArchiveFormat:
+        """Of the layer's archive."""
+        heads = self.heads
+        return ArchiveFormat(
+            heads.num_kv_heads, heads.head_size, self.block_size, self.cache_dtype, self.index_bits
+        )
 
     @property
     def signature(self) -> Hashable:
@@ -194,6 +208,8 @@ class LayerConfig:
             rules.softcap,
             rules.alibi_slopes is None,
             None if rules.sinks is None else rules.sinks.dtype,
+            self.middle,
+            self.index_bits,
         )
 
 
@@ -214,11 +230,13 @@ class Kernel(ABC):
         captures: see `Captures`.
         block_multiple: block sizes are multiples of this.
         preferred_block_size: best where nobody names one; None to leave it to the engine.
+        recalls: whether it takes layers with a middle: `write_archive` and `attend_and_recall`.
     """
 
     captures: ClassVar[Captures] = Captures.NEVER
     block_multiple: ClassVar[int] = 16
     preferred_block_size: ClassVar[int | None] = None
+    recalls: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -275,6 +293,45 @@ class Kernel(ABC):
             batch: the batch.
             output: written in place; of query's shape.
         """
+
+    def write_archive(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        archive: torch.Tensor,
+        batch: DeviceBatch,
+        recall: RecallBatch,
+    ) -> None:
+        """Keeps a step's keys and values in the archive, and indexes the pages that they fill. Only
+        of a layer with a middle.
+
+        Args:
+            key, value: as in `write_cache`.
+            archive: uint8 [num_pages, page_bytes], see `ArchiveFormat`; written in place.
+            batch: the step's, whose rows these keys are.
+            recall: where they go.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no archive")
+
+    def attend_and_recall(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        batch: DeviceBatch,
+        archive: torch.Tensor,
+        recall: RecallBatch,
+        output: torch.Tensor,
+    ) -> None:
+        """As `attend`, in a layer with a middle: queries from `RecallBatch.first_rows` on also
+        attend to the best units of what the Λ hides, in the one softmax. What is computed is
+        `vllm_lminf.kernels.oracle.lambda_attention` with ``middle``; no result depends on what else
+        is in the batch, or on how a prompt is cut into steps.
+
+        Args:
+            query, cache, batch, output: as in `attend`.
+            archive, recall: what `write_archive` was given in this step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} recalls nothing")
 
     def warm_up(  # noqa: B027
         self, cache: PagedCache, max_requests: int, max_query_len: int

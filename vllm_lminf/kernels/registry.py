@@ -77,6 +77,8 @@ def choose(asked: str, layer: LayerConfig, load: bool = False) -> Choice:
     for name in _candidates(asked, layer.device.type, layer.block_size, layer.capability):
         kernel = kernel_class(name)
         reasons = kernel.unsupported_reasons(layer)
+        if layer.middle is not None and not kernel.recalls:
+            reasons = [*reasons, "it recalls nothing from the middle: set middle_top_k to 0"]
         if load and (not reasons or name == asked):
             reasons = reasons + kernel.unavailable_reasons(layer)
         if not reasons:
