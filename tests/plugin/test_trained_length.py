@@ -206,12 +206,12 @@ class TestDistancesBeyond:
         ],
     )
     def test_is_told(self, pattern: tuple[int, int, int], says: str | None) -> None:
-        sentences = list(distances_beyond(Trained(64, 64), LambdaPattern(*pattern)))
+        sentences = list(distances_beyond(Trained(64, 64), LambdaPattern(*pattern), None))
         assert len(sentences) == (says is not None)
         assert all(sentence.startswith(str(says)) for sentence in sentences)
 
     def test_long_factors_of_longrope_were_trained(self) -> None:
-        assert not list(distances_beyond(Trained(64, 256), LambdaPattern(10, 256, 256)))
+        assert not list(distances_beyond(Trained(64, 256), LambdaPattern(10, 256, 256), None))
 
     def test_nothing_is_known(self) -> None:
-        assert not list(distances_beyond(Trained(None, None), LambdaPattern(1, 9, 9)))
+        assert not list(distances_beyond(Trained(None, None), LambdaPattern(1, 9, 9), None))

@@ -253,7 +253,9 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
         sentences = [*config.trained.remarks]
         if None in windows:
             _log_what_is_active(kv_cache_spec, vllm_config, layers)
-            sentences += trained_length.distances_beyond(config.trained, config.pattern)
+            sentences += trained_length.distances_beyond(
+                config.trained, config.pattern, config.middle
+            )
         else:
             _warn_if_all_layers_have_windows(vllm_config)
         for sentence in sentences:

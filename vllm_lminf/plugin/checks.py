@@ -7,6 +7,7 @@ from vllm.logger import init_logger
 
 from vllm_lminf.errors import SettingsError, UnsupportedError
 from vllm_lminf.kernels import registry
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import MAX_POSITION, LambdaPattern
 from vllm_lminf.plugin import patches, speculation, trained_length, versions
 from vllm_lminf.plugin.config import (
@@ -58,7 +59,12 @@ def prepare(args: "EngineArgs") -> patches.Finish | None:
         "--hf-overrides": args.hf_overrides,
         "--model-loader-extra-config": args.model_loader_extra_config,
     }
-    Settings.read(args.additional_config, os.environ, elsewhere)
+    settings = Settings.read(args.additional_config, os.environ, elsewhere)
+    if settings.idle:
+        logger.warning(
+            "%s: set, and without effect, since middle_top_k is not: nothing is recalled",
+            ", ".join(settings.idle),
+        )
     return check
 
 
@@ -114,15 +120,18 @@ def check(config: "VllmConfig") -> None:
     if (draft := speculation.draft_model_of(config)) is not None:
         reasons += [f"the draft model: {reason}" for reason in _model_reasons(draft, "draft")]
     reasons += _feature_reasons(config)
+    if settings.middle_top_k > 0:
+        reasons += _middle_reasons(config, settings)
     trained = trained_length.of(speculation.target_of(config))
     try:
         resolved = LambdaConfig.resolve(settings, trained)
     except SettingsError as error:
-        reasons += _kernel_reasons(config, settings.kernel, LambdaPattern(1, 1, 1))
+        middle = Middle(1, 1, 1) if settings.middle_top_k > 0 else None
+        reasons += _kernel_reasons(config, settings, LambdaPattern(1, 1, 1), middle)
         if not reasons:
             raise
         raise UnsupportedError(reasons + error.problems) from error
-    reasons += _kernel_reasons(config, resolved.kernel, resolved.pattern)
+    reasons += _kernel_reasons(config, settings, resolved.pattern, resolved.middle)
     reasons += _window_reasons(config, resolved)
     if reasons:
         raise UnsupportedError(reasons)
@@ -198,14 +207,58 @@ def _feature_reasons(config: "VllmConfig") -> list[str]:
     return reasons
 
 
-def _kernel_reasons(config: "VllmConfig", asked: str, pattern: LambdaPattern) -> list[str]:
+def _middle_reasons(config: "VllmConfig", settings: Settings) -> list[str]:
+    """What doesn't go with a middle that is recalled."""
+    model, first = config.model_config, settings.middle_from_layer
+    reasons = []
+    num_layers = model.get_total_num_hidden_layers()
+    windows = trained_length.layers_with_windows(model, config.cache_config.sliding_window)
+    if first > num_layers:
+        reasons.append(
+            f"middle_from_layer {first}: the model has {num_layers} layers; set it to {num_layers} "
+            "or less"
+        )
+    elif windows.issuperset(range(first - 1, num_layers)):
+        reasons.append(
+            f"middle_from_layer {first}: from there on every layer has a sliding window of its "
+            "own, which it keeps, and nothing would be recalled; set middle_top_k to 0"
+            + (", or middle_from_layer lower" if len(windows) < num_layers else "")
+        )
+    if model.uses_alibi:
+        reasons.append(
+            "ALiBi: at which distance its bias counts the middle isn't settled; set middle_top_k "
+            "to 0"
+        )
+    word = config.cache_config.cache_dtype
+    dtype = cache_dtype_of(word, model.dtype)
+    if dtype is not None and dtype.itemsize == 1:
+        reasons.append(
+            f"--kv-cache-dtype {word}: the archive keeps no keys and values of 8 bits; use auto"
+        )
+    drafter = config.speculative_config
+    if drafter is not None and drafter.uses_draft_kv_cache():
+        reasons.append(
+            f"speculative decoding with method {drafter.method!r}: a drafter with a KV cache of "
+            "its own recalls nothing; use ngram, or set middle_top_k to 0"
+        )
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        reasons.append(
+            "--disable-hybrid-kv-cache-manager: the archive's blocks are managed apart from the "
+            "window's; drop it"
+        )
+    return [f"middle_top_k {settings.middle_top_k}, and {reason}" for reason in reasons]
+
+
+def _kernel_reasons(
+    config: "VllmConfig", settings: Settings, pattern: LambdaPattern, middle: Middle | None
+) -> list[str]:
     """Why no kernel that was asked for can run. One that "auto" found begins to compile."""
     model, word = config.model_config, config.cache_config.cache_dtype
     if model.is_attention_free or cache_dtype_of(word, model.dtype) is None:
         return []  # told with the model, or with the features
-    layer = layer_config_of(config, pattern)
-    is_automatic = asked == registry.AUTOMATIC
-    choice = registry.choose(asked, layer, load=not is_automatic)
+    layer = layer_config_of(config, pattern, middle, settings.middle_index)
+    is_automatic = settings.kernel == registry.AUTOMATIC
+    choice = registry.choose(settings.kernel, layer, load=not is_automatic)
     if choice.kernel is not None:
         if is_automatic:
             registry.kernel_class(choice.kernel).start_loading(layer)

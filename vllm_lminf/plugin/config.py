@@ -16,6 +16,8 @@ from typing import Any, Self
 
 from vllm_lminf.errors import SettingsError
 from vllm_lminf.kernels import registry
+from vllm_lminf.kernels.archive import INDEX_BITS
+from vllm_lminf.middle import ALL_ROWS, Middle
 from vllm_lminf.pattern import MAX_POSITION, LambdaPattern, shown
 
 BACKEND_NAME = "LMINF"
@@ -31,14 +33,48 @@ and ``hybrid`` (``flash`` for prefill and ``triton`` for decoding). ``cpu``: com
 ``reference``: plain PyTorch, anywhere. ``auto``: the best that can run, see
 `vllm_lminf.kernels.registry`."""
 
-_NAMES = ("n_global", "n_local", "distance_limit", "kernel")
+ALL = "all"
+"""As middle_rows: every query looks into the middle."""
+
+TOKEN = "token"
+"""As middle_unit: what is recalled are single tokens."""
+
+MAX_TOP_K = 1024
+"""A query recalls so many units at the most: that is as much as a window of its own."""
+
+MAX_UNIT = 1024
+UNIT_MULTIPLE = 16
+
+MAX_ARCHIVE_GIB = 2**20
+"""A pebibyte, more than any machine has."""
+
+_WHOLE = {
+    "n_global": (0, MAX_POSITION),
+    "n_local": (1, MAX_POSITION),
+    "distance_limit": (1, MAX_POSITION),
+    "middle_top_k": (0, MAX_TOP_K),
+    "middle_rows": (1, MAX_POSITION),
+    "middle_from_layer": (1, MAX_POSITION),
+    "middle_distance": (0, MAX_POSITION),
+    "middle_unit": (UNIT_MULTIPLE, MAX_UNIT),
+}
+"""The least and the largest value of the settings that are, or can be, whole numbers."""
+
 _ALLOWED = {
     "n_global": f"a whole number of tokens, 0 to {MAX_POSITION}",
     "n_local": f"a whole number of tokens, 1 to {MAX_POSITION}",
     "distance_limit": f"a whole number of tokens, n_local to {MAX_POSITION}",
     "kernel": "one of " + ", ".join(KERNELS),
+    "middle_top_k": f"a whole number, 0 (nothing is recalled) to {MAX_TOP_K}",
+    "middle_rows": f'a whole number of queries, 1 to {MAX_POSITION}, or "{ALL}"',
+    "middle_index": "one of " + ", ".join(map(str, INDEX_BITS)),
+    "middle_from_layer": "the number of a layer, counted from 1",
+    "middle_distance": f"a whole number of tokens, 0 to {MAX_POSITION}",
+    "middle_unit": f'"{TOKEN}", or a multiple of {UNIT_MULTIPLE} tokens, up to {MAX_UNIT}',
+    "archive_gib": f"a number of GiB above 0, up to {MAX_ARCHIVE_GIB}",
 }
-_MINIMUM = {"n_global": 0, "n_local": 1, "distance_limit": 1}
+_NAMES = tuple(_ALLOWED)
+_OF_THE_MIDDLE = frozenset(_NAMES[_NAMES.index("middle_top_k") + 1 :])
 _VARIABLES = {name: VARIABLE_PREFIX + name.upper() for name in _NAMES}
 _PLACE = f'--additional-config \'{{"{SECTION}": {{"n_global": 10, "n_local": 4096}}}}\''
 
@@ -94,12 +130,24 @@ def given_settings(additional_config: object, environ: Mapping[str, str]) -> lis
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for; None where a default follows from the model."""
+    """What the user asked for; None where a default follows from the model.
+
+    Attributes:
+        idle: settings that were given and change nothing, since middle_top_k was not.
+    """
 
     n_global: int = DEFAULT_N_GLOBAL
     n_local: int | None = None
     distance_limit: int | None = None
     kernel: str = registry.AUTOMATIC
+    middle_top_k: int = 0
+    middle_rows: int | str = 64
+    middle_index: int = 8
+    middle_from_layer: int = 5
+    middle_distance: int | None = None
+    middle_unit: int | str = TOKEN
+    archive_gib: int | float = 4
+    idle: tuple[str, ...] = ()
 
     @classmethod
     def read(
@@ -128,7 +176,7 @@ class Settings:
             if name in section:
                 value = _check(f'"{name}" in {SECTION}', name, section[name], problems)
             elif variable in environ and resolved is None:
-                value = _check(variable, name, _parse(environ[variable]), problems)
+                value = _check(variable, name, _parse(name, environ[variable]), problems)
             else:
                 continue
             if value is not None:
@@ -142,7 +190,10 @@ class Settings:
         problems += _unread_variables(environ)
         for option, tree in (elsewhere or {}).items():
             problems += _misplaced(tree, option)
-        settings = cls(**values)
+        idle = sorted(_OF_THE_MIDDLE & values.keys(), key=_NAMES.index)
+        if resolved is not None or "middle_top_k" in values:
+            idle = []
+        settings = cls(**values, idle=tuple(idle))
         if settings.n_local is not None:
             try:
                 settings.pattern(trained_length=None)
@@ -177,6 +228,30 @@ class Settings:
         except ValueError as error:
             raise SettingsError([str(error)], _HOW) from error
 
+    def scored_at(self, trained_length: int | None) -> int | None:
+        """The distance at which the middle is scored; None if nothing is recalled, and neither the
+        settings nor the model's configuration tell one.
+
+        Args:
+            trained_length: as in `pattern`.
+
+        Raises:
+            SettingsError: something is recalled, and nothing tells the distance.
+        """
+        if self.middle_distance is not None:
+            return self.middle_distance
+        if trained_length is not None:
+            return trained_length // 2
+        if self.middle_top_k > 0:
+            raise SettingsError(
+                [
+                    "middle_distance is not set, and the model's configuration names no trained "
+                    "length that it could default to half of: set middle_distance"
+                ],
+                _HOW,
+            )
+        return None
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -207,6 +282,11 @@ class LambdaConfig:
     Attributes:
         n_global, n_local, distance_limit: the Λ.
         kernel: one of `KERNELS`.
+        middle_top_k, middle_rows, middle_from_layer, middle_distance, middle_unit: what is recalled
+            from the middle, see `middle`; with a middle_top_k of 0 they have no effect. The
+            distance is None if that is so and nothing tells one.
+        middle_index: bits of an element of the archive's index.
+        archive_gib: host memory that the archives of all workers of the engine take together.
         trained: what the model was trained on.
     """
 
@@ -214,6 +294,13 @@ class LambdaConfig:
     n_local: int
     distance_limit: int
     kernel: str
+    middle_top_k: int
+    middle_rows: int | str
+    middle_index: int
+    middle_from_layer: int
+    middle_distance: int | None
+    middle_unit: int | str
+    archive_gib: int | float
     trained: Trained
 
     @classmethod
@@ -221,12 +308,27 @@ class LambdaConfig:
         """What the settings come to for a model.
 
         Raises:
-            SettingsError: they make no Λ with what it was trained on.
+            SettingsError: they make no Λ with what it was trained on, or there is no distance at
+                which to score the middle.
         """
-        pattern = settings.pattern(trained.length)
-        return cls(
-            pattern.n_global, pattern.n_local, pattern.distance_limit, settings.kernel, trained
-        )
+        problems = []
+        try:
+            pattern = settings.pattern(trained.length)
+        except SettingsError as error:
+            problems += error.problems
+        try:
+            distance = settings.scored_at(trained.length)
+        except SettingsError as error:
+            problems += error.problems
+        if problems:
+            raise SettingsError(problems, _HOW)
+        given = {name: getattr(settings, name) for name in _NAMES}
+        follows = {
+            "n_local": pattern.n_local,
+            "distance_limit": pattern.distance_limit,
+            "middle_distance": distance,
+        }
+        return cls(**(given | follows), trained=trained)
 
     @classmethod
     def of(cls, engine: Any) -> Self:
@@ -248,6 +350,19 @@ class LambdaConfig:
     def pattern(self) -> LambdaPattern:
         """The Λ."""
         return LambdaPattern(self.n_global, self.n_local, self.distance_limit)
+
+    @property
+    def middle(self) -> Middle | None:
+        """What the layers recall that do; None where nothing is recalled."""
+        if self.middle_top_k == 0 or self.middle_distance is None:
+            return None
+        return Middle(
+            top_k=self.middle_top_k,
+            distance=self.middle_distance,
+            rows=ALL_ROWS if isinstance(self.middle_rows, str) else self.middle_rows,
+            from_layer=self.middle_from_layer,
+            block_size=1 if isinstance(self.middle_unit, str) else self.middle_unit,
+        )
 
     def added_to(self, additional_config: object) -> dict[str, Any]:
         """A copy of vLLM's additional_config that holds this.
@@ -276,13 +391,13 @@ class LambdaConfig:
     def _deviations(self) -> dict[str, Any]:
         """The settings that differ from the defaults for this model. The others are left to default
         anew, since the configuration that is completed again may be of another model."""
-        plain = Settings()
-        defaults = {
-            "n_global": plain.n_global,
+        half = None if self.trained.length is None else self.trained.length // 2
+        follows = {
             "n_local": self.trained.length,
             "distance_limit": self.n_local,
-            "kernel": plain.kernel,
+            "middle_distance": half,
         }
+        defaults = asdict(Settings()) | follows
         own = {name: getattr(self, name) for name in _NAMES}
         return {name: value for name, value in own.items() if value != defaults[name]}
 
@@ -325,6 +440,7 @@ def _misplaced(tree: object, where: str, is_top: bool = True) -> Iterator[str]:
 def _unread_variables(environ: Mapping[str, str]) -> Iterator[str]:
     """Problems with variables that look like ours, or like nobody else's."""
     names = ", ".join(sorted(_VARIABLES.values()))
+    ours_alone = {canonical(name) for name in _NAMES if name != "kernel"}
     for variable in sorted(environ):
         if variable in _VARIABLES.values():
             continue
@@ -335,7 +451,7 @@ def _unread_variables(environ: Mapping[str, str]) -> Iterator[str]:
         is_named_after_us = plain.removeprefix("VLLM").startswith(BACKEND_NAME)
         if _is_own_variable(variable) or (is_named_after_us and meant is not None):
             yield f"{variable} is not a variable of this plugin{hint}; there are: {names}"
-        elif plain.startswith("VLLM") and rest in ("NGLOBAL", "NLOCAL", "DISTANCELIMIT"):
+        elif plain.startswith("VLLM") and rest in ours_alone:
             yield f"{variable} is not read by anything{hint}; there are: {names}"
 
 
@@ -358,21 +474,36 @@ def _hint(name: str) -> str:
     return "" if meant is None else f' (is "{meant}" meant?)'
 
 
-def _parse(text: str) -> int | str:
-    """An environment variable's value; left as text where it is no whole number."""
+def _parse(name: str, text: str) -> int | float | str:
+    """An environment variable's value; left as text where it is no number of the setting's kind."""
     text = text.strip()
-    try:
-        return int(text)
-    except ValueError:
-        return text
+    for kind in (int, float) if name == "archive_gib" else (int,):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
-def _check(source: str, name: str, value: object, problems: list[str]) -> int | str | None:
-    if name == "kernel":
-        allowed = value in KERNELS
-    else:
-        allowed = type(value) is int and _MINIMUM[name] <= value <= MAX_POSITION
-    if not allowed:
+def _check(source: str, name: str, value: Any, problems: list[str]) -> int | float | str | None:
+    if not _is_allowed(name, value):
         problems.append(f"{source} is {shown(value)}: it must be {_ALLOWED[name]}")
         return None
-    return value  # type: ignore[return-value]
+    return value
+
+
+def _is_allowed(name: str, value: Any) -> bool:
+    """Whether a setting can have this value, which may be of any type."""
+    if isinstance(value, str):
+        words = {"kernel": KERNELS, "middle_rows": (ALL,), "middle_unit": (TOKEN,)}
+        return value in words.get(name, ())
+    if name == "archive_gib":
+        return type(value) in (int, float) and 0 < value <= MAX_ARCHIVE_GIB
+    if type(value) is not int:
+        return False
+    if name == "middle_index":
+        return value in INDEX_BITS
+    if name not in _WHOLE:
+        return False
+    least, most = _WHOLE[name]
+    return least <= value <= most and (name != "middle_unit" or value % UNIT_MULTIPLE == 0)

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_lminf.kernels.archive import INDEX_BITS
 from vllm_lminf.kernels.base import FlashAttentionProvider, Heads, LayerConfig, ScoreRules
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import versions
 
@@ -40,11 +42,22 @@ def flash_attention() -> FlashAttentionProvider:
     )
 
 
-def layer_config_of(config: "VllmConfig", pattern: LambdaPattern) -> LayerConfig:
+def layer_config_of(
+    config: "VllmConfig",
+    pattern: LambdaPattern,
+    middle: Middle | None = None,
+    index_bits: int = INDEX_BITS[0],
+) -> LayerConfig:
     """The layers of an engine's model, as far as its configuration tells: ALiBi's slopes are
     zeros, and nothing is rotated.
 
     What it doesn't tell is assumed to suit: each layer looks again, once it is there.
+
+    Args:
+        config: the engine's.
+        pattern: the layers' Λ.
+        middle: what they recall; None for layers that recall nothing.
+        index_bits: of an element of their archives' index.
     """
     from vllm.platforms import current_platform
 
@@ -69,5 +82,7 @@ def layer_config_of(config: "VllmConfig", pattern: LambdaPattern) -> LayerConfig
         device=torch.device(config.device_config.device_type),
         capability=None if capability is None else (capability.major, capability.minor),
         decode_len=1 + config.num_speculative_tokens,
+        middle=middle,
+        index_bits=index_bits,
         flash_attention=flash_attention(),
     )

@@ -9,6 +9,7 @@ line. Who knows better than the checkpoint's configuration sets n_local.
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import versions
 from vllm_lminf.plugin.config import Trained
@@ -65,11 +66,19 @@ def of(model: "ModelConfig") -> Trained:
     return Trained(length, longest, taken, tuple(remarks))
 
 
-def distances_beyond(trained: Trained, pattern: LambdaPattern) -> Iterator[str]:
-    """What it means that a Λ scores distances that the model has not met in training, if it does;
-    a sentence each."""
+def distances_beyond(
+    trained: Trained, pattern: LambdaPattern, middle: Middle | None
+) -> Iterator[str]:
+    """What it means that a Λ, or what is recalled from its middle, scores distances that the model
+    has not met in training, if it does; a sentence each."""
     if trained.longest is None:
         return
+    if middle is not None and middle.distance > trained.longest:
+        yield (
+            f"middle_distance {middle.distance} is beyond the trained length, {trained.longest}: "
+            "what is recalled is scored at a distance that the model has not met in training; "
+            f"leave it out, or set it to {trained.longest} or less"
+        )
     n_local, distance_limit = pattern.n_local, pattern.distance_limit
     if n_local > trained.longest:
         yield (
@@ -118,6 +127,21 @@ def _windows_taken(own: "PretrainedConfig", now: "PretrainedConfig") -> int | No
     had, has = _layers_with_windows(own), _layers_with_windows(now)
     lost = any(i not in has for i in had) if _window(now) is not None else bool(had)
     return window if lost else None
+
+
+def layers_with_windows(model: "ModelConfig", everywhere: int | None) -> set[int]:
+    """Which layers have sliding windows, counted from 0, as far as a model's configuration tells.
+
+    Args:
+        model: the model.
+        everywhere: tokens of the window that vLLM gives to every layer; None if to none, or to some
+            alone.
+    """
+    if everywhere is not None:
+        return set(range(model.get_total_num_hidden_layers()))
+    config = model.hf_text_config
+    has_types = getattr(config, "layer_types", None) is not None
+    return _layers_with_windows(config) if has_types and _window(config) is not None else set()
 
 
 def _layers_with_windows(config: "PretrainedConfig") -> set[int]:
