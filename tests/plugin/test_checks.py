@@ -595,6 +595,59 @@ class TestUnserved:
         check(build.selected(max_model_len=MILLION))
 
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+
+
+class TestMiddle:
+    """What is recalled: what it doesn't go with is refused, and what it needs is there."""
+
+    def recalling(self, build: Build, section: dict[str, Any], **arguments: Any) -> VllmConfig:
+        section = {"middle_top_k": 5, "kernel": "reference"} | section
+        return build.selected(additional_config={"lminf": section}, **arguments)
+
+    @pytest.mark.parametrize(
+        ("section", "arguments", "named"),
+        [
+            ({"middle_from_layer": 31}, {}, "middle_from_layer 31: the model has 30 layers"),
+            (
+                {},
+                {"hf_overrides": {"sliding_window": 512}},
+                "every layer has a sliding window of its own",
+            ),
+            ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8: the archive keeps no"),
+            (
+                {},
+                {"disable_hybrid_kv_cache_manager": True},
+                "--disable-hybrid-kv-cache-manager: the archive's blocks",
+            ),
+            ({"kernel": "cpu"}, {}, "kernel 'cpu': it recalls nothing from the middle"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_refused(
+        self, section: dict[str, Any], arguments: dict[str, Any], named: str, build: Build
+    ) -> None:
+        with pytest.raises(UnsupportedError) as refusal:
+            self.recalling(build, section, **arguments)
+        assert any(named in reason for reason in refusal.value.reasons)
+
+    def test_a_draft_model(self, build: Build) -> None:
+        drafter = {"method": "draft_model", "model": build.model, "num_speculative_tokens": 2}
+        with pytest.raises(UnsupportedError, match="method 'draft_model': a drafter with a KV"):
+            self.recalling(build, {}, speculative_config=drafter)
+
+    def test_settings_without_effect(self, build: Build, said: list[str]) -> None:
+        """Told by name, once."""
+        section = {"middle_rows": 1, "middle_from_layer": 100}
+        config = build.selected(additional_config={"lminf": section})
+        (sentence,) = said
+        assert sentence.startswith("middle_rows, middle_from_layer: set, and without effect")
+        assert LambdaConfig.of(config).middle is None
+        check(copy.deepcopy(config))
+        build.selected(additional_config={"lminf": {**section, "middle_top_k": 0}})
+        assert len(said) == 1
+
+
 class TestOtherProcesses:
     """vLLM pickles its configuration and unpickles it in a process that hasn't loaded plugins."""
 

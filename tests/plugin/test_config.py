@@ -1,14 +1,19 @@
 """The settings: where they come from, and what is refused, all of it at once."""
 
+import json
+
 import pytest
 
 from vllm_lminf.errors import SettingsError
+from vllm_lminf.middle import ALL_ROWS, Middle
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin.config import (
     BACKEND_NAME,
     BACKEND_VARIABLE,
     DEFAULT_N_GLOBAL,
+    LambdaConfig,
     Settings,
+    Trained,
     given_settings,
     is_backend_name,
     question_of_variables,
@@ -93,6 +98,8 @@ class TestOutOfPlace:
             ({"lminf": {"lminf": {"n_local": 1}}}, '"lminf" in lminf is not a setting'),
             ({"lminf": {"N_LOCAL": 4096}}, '"N_LOCAL" in lminf is not a setting (is "n_local"'),
             ({"lminf": {"n-global": 1}}, 'is "n_global" meant?'),
+            ({"lminf": {"middle_row": 1}}, 'is "middle_rows" meant?'),
+            ({"middle_top_k": 5}, '"middle_top_k" belongs in "lminf"'),
             ('{"lminf": {"n_local": 4096}}', 'additional_config is \'{"lminf"'),
             ([{"lminf": {}}], "it must be an object"),
             ({"lminf": '{"n_local": 4096}'}, "it must be an object of settings"),
@@ -128,6 +135,9 @@ class TestOutOfPlace:
             ("VLLM_N_GLOBAL", "VLLM_LMINF_N_GLOBAL"),
             ("VLLM_LMINF_DISTANCE", "VLLM_LMINF_DISTANCE_LIMIT"),
             ("VLLM_LMINF_KERNELS", "VLLM_LMINF_KERNEL"),
+            ("VLLM_LMINF_MIDDLE_TOPK", "VLLM_LMINF_MIDDLE_TOP_K"),
+            ("VLLM_MIDDLE_TOP_K", "VLLM_LMINF_MIDDLE_TOP_K"),
+            ("LMINF_ARCHIVE_GB", "VLLM_LMINF_ARCHIVE_GIB"),
         ],
     )
     def test_variables(self, variable: str, meant: str) -> None:
@@ -302,3 +312,118 @@ class TestRefusals:
     def test_is_a_value_error(self) -> None:
         """vLLM's command line prints these without a traceback of its own."""
         assert issubclass(SettingsError, ValueError)
+
+
+RECALLING = {
+    "middle_top_k": 5,
+    "middle_rows": "all",
+    "middle_index": 8,
+    "middle_from_layer": 3,
+    "middle_distance": 100,
+    "middle_unit": 64,
+    "archive_gib": 0.5,
+}
+
+
+class TestMiddle:
+    """What is recalled, if anything is."""
+
+    TRAINED = Trained(8192, 8192)
+
+    def test_off_by_default(self) -> None:
+        resolved = LambdaConfig.resolve(read(), self.TRAINED)
+        assert resolved.middle is None
+        assert resolved.middle_distance == 4096
+
+    def test_defaults(self) -> None:
+        settings = read({"middle_top_k": 5})
+        assert settings.archive_gib == 4
+        resolved = LambdaConfig.resolve(settings, self.TRAINED)
+        assert resolved.middle == Middle(5, distance=4096, rows=64, from_layer=5, block_size=1)
+        assert resolved.middle_index == 8
+
+    def test_sources(self) -> None:
+        variables = {f"VLLM_LMINF_{name.upper()}": str(value) for name, value in RECALLING.items()}
+        assert read(**variables) == read(RECALLING)
+        resolved = LambdaConfig.resolve(read(RECALLING), self.TRAINED)
+        assert resolved.middle == Middle(5, 100, ALL_ROWS, from_layer=3, block_size=64)
+        assert resolved.archive_gib == 0.5
+
+    @pytest.mark.parametrize(("text", "number"), [("2", 2), ("0.25", 0.25), ("1e3", 1000.0)])
+    def test_size_of_the_archive_as_a_variable(self, text: str, number: float) -> None:
+        assert read(VLLM_LMINF_ARCHIVE_GIB=text).archive_gib == number
+
+    def test_round_trip(self) -> None:
+        """As plain JSON; and completed again, for the same model or for another one."""
+        for section in (RECALLING, {"middle_top_k": 5}, {"middle_rows": 7}, {}):
+            resolved = LambdaConfig.resolve(read(section), self.TRAINED)
+            added = resolved.added_to({})
+            assert json.loads(json.dumps(added)) == added
+            again = Settings.read(added, {"VLLM_LMINF_MIDDLE_ROWS": "9"})
+            assert LambdaConfig.resolve(again, self.TRAINED) == resolved
+            assert again.idle == ()
+        followed = Settings.read(LambdaConfig.resolve(read(), self.TRAINED).added_to({}), {})
+        assert LambdaConfig.resolve(followed, Trained(100, 100)).middle_distance == 50
+
+    def test_distance_without_a_trained_length(self) -> None:
+        unknown = Trained(None, None)
+        settings = read({"n_local": 64, "middle_top_k": 5})
+        with pytest.raises(SettingsError, match="set middle_distance"):
+            LambdaConfig.resolve(settings, unknown)
+        with pytest.raises(SettingsError) as refusal:
+            LambdaConfig.resolve(read({"middle_top_k": 5}), unknown)
+        assert len(refusal.value.problems) == 2
+        assert LambdaConfig.resolve(read({"n_local": 64}), unknown).middle is None
+        at_zero = read({"n_local": 64, "middle_top_k": 5, "middle_distance": 0})
+        resolved = LambdaConfig.resolve(at_zero, unknown)
+        assert resolved.middle is not None
+        assert resolved.middle.distance == 0
+        again = Settings.read(resolved.added_to({}), {})
+        assert LambdaConfig.resolve(again, unknown) == resolved
+
+    def test_settings_without_effect_are_named(self) -> None:
+        assert read(RECALLING).idle == ()
+        assert read({}).idle == ()
+        given = read({"middle_unit": 32}, VLLM_LMINF_ARCHIVE_GIB="1")
+        assert given.idle == ("middle_unit", "archive_gib")
+        assert read({**RECALLING, "middle_top_k": 0}).idle == ()
+
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            ("middle_top_k", [-1, 1025, 2**31, 1.0, True, "5", None]),
+            ("middle_rows", [0, -1, 2**31, 1.0, True, "ALL", "token", None]),
+            ("middle_index", [0, 7, 16, 8.0, "8", None, [8]]),
+            ("middle_from_layer", [0, 2**31, 5.0, True, None]),
+            ("middle_distance", [-1, 2**31, 10**5000, 4096.0, "half", None]),
+            ("middle_unit", [0, 1, 8, 24, 1040, 16.0, True, "block", "all", None]),
+            ("archive_gib", [0, -1, 0.0, float("nan"), float("inf"), 2**20 + 1, 10**5000, True,
+                             "4", None]),
+        ],
+    )  # fmt: skip
+    def test_refusals(self, name: str, values: list[object]) -> None:
+        for value in values:
+            with pytest.raises(SettingsError) as refusal:
+                read({name: value})
+            (problem,) = refusal.value.problems
+            assert problem.startswith(f'"{name}" in lminf is ')
+            assert ": it must be " in problem
+
+    @pytest.mark.parametrize("text", ["nan", "inf", "0", "-1", "many", "", "9" * 5000])
+    def test_refused_sizes_of_the_archive(self, text: str) -> None:
+        with pytest.raises(SettingsError, match=r"VLLM_LMINF_ARCHIVE_GIB is .*a number of GiB"):
+            read(VLLM_LMINF_ARCHIVE_GIB=text)
+
+    @pytest.mark.parametrize(
+        "section",
+        [
+            {"middle_top_k": 1024, "middle_unit": 1024},
+            {"middle_rows": 2**31 - 1, "middle_unit": 16},
+            {"middle_unit": "token", "archive_gib": 2**20},
+        ],
+        ids=str,
+    )
+    def test_largest_values(self, section: dict[str, object]) -> None:
+        resolved = LambdaConfig.resolve(read({"middle_top_k": 1} | section), self.TRAINED)
+        assert all(getattr(resolved, name) == value for name, value in section.items())
+        assert resolved.middle is not None

@@ -13,6 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.families import make_config
 from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import register
 from vllm_lminf.plugin.config import LambdaConfig
@@ -209,6 +210,15 @@ class TestDistancesBeyond:
         sentences = list(distances_beyond(Trained(64, 64), LambdaPattern(*pattern), None))
         assert len(sentences) == (says is not None)
         assert all(sentence.startswith(str(says)) for sentence in sentences)
+
+    def test_distance_of_the_middle(self) -> None:
+        def told(distance: int) -> list[str]:
+            middle = Middle(5, distance, rows=1)
+            return list(distances_beyond(Trained(64, 64), LambdaPattern(10, 64, 64), middle))
+
+        assert told(64) == []
+        (sentence,) = told(65)
+        assert sentence.startswith("middle_distance 65 is beyond the trained length, 64")
 
     def test_long_factors_of_longrope_were_trained(self) -> None:
         assert not list(distances_beyond(Trained(64, 256), LambdaPattern(10, 256, 256), None))
