@@ -15,6 +15,8 @@ from vllm.model_executor.models.transformers import base
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
+from vllm_lminf.plugin.archive import ArchiveManager
+
 Engine = Callable[..., AbstractContextManager[LLM]]
 
 # Triton decides when a kernel is defined whether it will be interpreted.
@@ -57,10 +59,11 @@ def start_engine(
     n_local: int | None = None,
     distance_limit: int | None = None,
     kernel: str | None = None,
+    middle: dict[str, Any] | None = None,
     backend: str | None = "LMINF",
     **arguments: Any,
 ) -> Iterator[LLM]:
-    """An engine in this process; see `engine`."""
+    """An engine in this process; see `engine`. ``middle`` holds the settings of that name."""
     given = {
         "n_global": n_global,
         "n_local": n_local,
@@ -68,6 +71,7 @@ def start_engine(
         "kernel": kernel,
     }
     settings = {name: value for name, value in given.items() if value is not None}
+    settings |= middle or {}
     defaults: dict[str, Any] = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -125,3 +129,10 @@ def kv_cache_manager(llm: LLM) -> KVCacheManager:
 def block_pool(llm: LLM) -> BlockPool:
     """The pool of an engine in this process."""
     return kv_cache_manager(llm).block_pool
+
+
+def archive_manager(llm: LLM) -> ArchiveManager:
+    """The manager of the archive's pages, in an engine that recalls the middle."""
+    managers = kv_cache_manager(llm).coordinator.single_type_managers
+    (manager,) = [each for each in managers if isinstance(each, ArchiveManager)]
+    return manager

@@ -10,6 +10,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from vllm_lminf.kernels.oracle import lambda_attention
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotarySpec
 
@@ -45,7 +46,9 @@ def save_tiny_llama(
 
 
 @contextmanager
-def _oracle_attention(pattern: LambdaPattern, rotary: RotarySpec) -> Iterator[None]:
+def _oracle_attention(
+    pattern: LambdaPattern, rotary: RotarySpec, middle: Middle | None, prompt_len: int
+) -> Iterator[None]:
     """Makes Llama hand raw queries and keys to its attention, and that attention the oracle."""
 
     def attend(
@@ -57,6 +60,7 @@ def _oracle_attention(pattern: LambdaPattern, rotary: RotarySpec) -> Iterator[No
         scaling: float,
         **_: object,
     ) -> tuple[torch.Tensor, None]:
+        recalled = middle if middle is not None and middle.recalls(module.layer_idx + 1) else None
         # One key head at a time: the oracle materialises every score.
         group = query.shape[1] // key.shape[1]
         heads = [
@@ -67,6 +71,8 @@ def _oracle_attention(pattern: LambdaPattern, rotary: RotarySpec) -> Iterator[No
                 pattern,
                 scale=scaling,
                 rotary=rotary,
+                middle=recalled,
+                prompt_len=prompt_len,
             )
             for h in range(key.shape[1])
         ]
@@ -82,16 +88,27 @@ def _oracle_attention(pattern: LambdaPattern, rotary: RotarySpec) -> Iterator[No
 
 
 def oracle_logprobs(
-    model_path: Path, token_ids: list[int], pattern: LambdaPattern, dtype: torch.dtype
+    model_path: Path,
+    token_ids: list[int],
+    pattern: LambdaPattern,
+    dtype: torch.dtype,
+    middle: Middle | None = None,
+    prompt_len: int = 0,
 ) -> torch.Tensor:
     """Log-probability of every token but the first, given those before it; [len(token_ids) - 1]."""
     targets = torch.tensor(token_ids[1:])[:, None]
-    return oracle_distributions(model_path, token_ids, pattern, dtype).gather(1, targets)[:, 0]
+    given = oracle_distributions(model_path, token_ids, pattern, dtype, middle, prompt_len)
+    return given.gather(1, targets)[:, 0]
 
 
 @torch.inference_mode()
 def oracle_distributions(
-    model_path: Path, token_ids: list[int], pattern: LambdaPattern, dtype: torch.dtype
+    model_path: Path,
+    token_ids: list[int],
+    pattern: LambdaPattern,
+    dtype: torch.dtype,
+    middle: Middle | None = None,
+    prompt_len: int = 0,
 ) -> torch.Tensor:
     """Log-probabilities of the whole vocabulary in place of every token but the first; float64
     [len(token_ids) - 1, vocabulary]."""
@@ -100,7 +117,7 @@ def oracle_distributions(
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     inv_freq = 1.0 / config.rope_parameters["rope_theta"] ** exponents
     rotary = RotarySpec(inv_freq.double(), is_neox_style=True)
-    with _oracle_attention(pattern, rotary):
+    with _oracle_attention(pattern, rotary, middle, prompt_len):
         model.set_attn_implementation("lminf_oracle")
         logits = model(torch.tensor([token_ids]), use_cache=False).logits[0, :-1]
     return logits.double().log_softmax(-1)

@@ -1,7 +1,7 @@
 """Poison: a block that nobody holds is full of NaN; nothing reads or writes it unnoticed."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 from unittest import mock
@@ -11,9 +11,16 @@ from vllm import LLM
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from tests.engine.conftest import block_pool
+from tests.engine.conftest import archive_manager, block_pool
+from vllm_lminf.plugin.archive_backend import Archive
 
 Result = TypeVar("Result")
+
+_BYTE = 0xFF  # What it fills is NaN, read as any floating-point number.
+
+
+def _poison_of(cache: torch.Tensor) -> float:
+    return torch.nan if cache.is_floating_point() else _BYTE
 
 
 @dataclass
@@ -40,7 +47,7 @@ class Poison:
         if block.block_hash is not None:
             self._aside[block.block_id] = [c[block.block_id].clone() for c in self.caches]
         for cache in self.caches:
-            cache[block.block_id].fill_(torch.nan)
+            cache[block.block_id].fill_(_poison_of(cache))
 
     def restore(self, block: KVCacheBlock) -> None:
         """The prefix cache hands a free block out."""
@@ -51,9 +58,9 @@ class Poison:
     def check(self, block: KVCacheBlock) -> None:
         """Whether a block is as it was filled."""
         for cache in self.caches:
-            assert cache[block.block_id].isnan().all(), (
-                f"block {block.block_id} was written while nobody held it"
-            )
+            contents = cache[block.block_id]
+            is_poison = contents.isnan() if cache.is_floating_point() else contents == _BYTE
+            assert is_poison.all(), f"block {block.block_id} was written while nobody held it"
 
     def fill_all(self) -> None:
         """The null block, which stands for blocks that were freed, and every free one."""
@@ -73,10 +80,21 @@ class Poison:
 
 @contextmanager
 def poisoned(llm: LLM) -> Iterator[Poison]:
-    """While it lasts, every block is full of NaN from the moment it is freed until it is reused."""
+    """While it lasts, every block is full of NaN from the moment it is freed until it is reused;
+    pages of archives as well, whose poison counts by itself."""
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    pool = block_pool(llm)
-    poison = Poison(pool, list(runner.kv_caches))
+    layers = runner.compilation_config.static_forward_context.values()
+    pages = [layer.pages for layer in layers if isinstance(layer, Archive)]
+    with ExitStack() as archives:
+        if pages:
+            archives.enter_context(_poisoned(archive_manager(llm).block_pool, pages))
+        with _poisoned(block_pool(llm), list(runner.kv_caches)) as poison:
+            yield poison
+
+
+@contextmanager
+def _poisoned(pool: BlockPool, caches: list[torch.Tensor]) -> Iterator[Poison]:
+    poison = Poison(pool, caches)
     assert all(cache.shape[0] == pool.num_gpu_blocks for cache in poison.caches)
     real_free, real_touch, real_get = pool.free_blocks, pool.touch, pool.get_new_blocks
 

@@ -14,7 +14,9 @@ from vllm.v1.request import Request
 
 from tests.engine.conftest import block_pool, kv_cache_manager
 from tests.engine.oracle_model import oracle_logprobs
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin.archive import ArchiveManager
 from vllm_lminf.plugin.kv_cache import LambdaSpec
 
 # As in test_exactness: two float32 computations that differ in the order of their sums.
@@ -95,11 +97,14 @@ def alone(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
     return answers
 
 
-def assert_equal_to_oracle(model: Path, answers: list[Answer], pattern: LambdaPattern) -> None:
+def assert_equal_to_oracle(
+    model: Path, answers: list[Answer], pattern: LambdaPattern, middle: Middle | None = None
+) -> None:
     """Every generated token is the likeliest, and the oracle finds it just as likely."""
     for answer in answers:
-        tokens = answer.prompt + answer.tokens
-        expected = oracle_logprobs(model, tokens, pattern, torch.float32)[-len(answer.tokens) :]
+        tokens, length = answer.prompt + answer.tokens, len(answer.prompt)
+        expected = oracle_logprobs(model, tokens, pattern, torch.float32, middle, length)
+        expected = expected[-len(answer.tokens) :]
         chosen = zip(answer.tokens, answer.logprobs, strict=True)
         got = torch.tensor([at[token] for token, at in chosen], dtype=torch.float64)
         assert got.tolist() == [max(at.values()) for at in answer.logprobs]
@@ -112,8 +117,9 @@ def scheduler(llm: LLM) -> Scheduler:
 
 
 def block_manager(llm: LLM) -> SingleTypeKVCacheManager:
-    """The manager of the one group of layers."""
-    (manager,) = kv_cache_manager(llm).coordinator.single_type_managers
+    """The manager of the one group of layers; their archive, if they have one, is left out."""
+    managers = kv_cache_manager(llm).coordinator.single_type_managers
+    (manager,) = [each for each in managers if not isinstance(each, ArchiveManager)]
     return manager
 
 
@@ -125,13 +131,14 @@ def lambda_pattern(llm: LLM) -> LambdaPattern:
 
 def assert_pool_is_whole(llm: LLM) -> None:
     """Nobody holds a block, every block is free exactly once, and no request is remembered."""
-    pool, manager = block_pool(llm), block_manager(llm)
-    free = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
-    assert sorted(free) == list(range(1, pool.num_gpu_blocks))
-    assert pool.get_num_free_blocks() == len(free)
-    assert not any(block.ref_cnt for block in pool.blocks if not block.is_null)
-    assert not manager.req_to_blocks
-    assert not manager.num_cached_block
+    for manager in kv_cache_manager(llm).coordinator.single_type_managers:
+        pool = manager.block_pool
+        free = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
+        assert sorted(free) == list(range(1, pool.num_gpu_blocks))
+        assert pool.get_num_free_blocks() == len(free)
+        assert not any(block.ref_cnt for block in pool.blocks if not block.is_null)
+        assert not manager.req_to_blocks
+        assert not manager.num_cached_block
     assert not scheduler(llm).requests
 
 

@@ -126,6 +126,7 @@ class TestRegister:
         for _ in range(2):
             CpuPlatform.get_attn_backend_cls(patches.backend_member(), config)
             assert GPUModelRunner.sample_tokens.__wrapped__ is original
+        patches.wrap_prompt_lengths()
         only_elsewhere = "vllm.v1.attention.backends.registry._AttentionBackendEnumMeta.__getitem__"
         assert set(wrapping.installed()) == described() - {only_elsewhere}
         patches.uninstall()

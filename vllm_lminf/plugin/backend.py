@@ -52,7 +52,8 @@ from vllm_lminf.kernels.base import (
     ScoreRules,
 )
 from vllm_lminf.pattern import LambdaPattern
-from vllm_lminf.plugin import log, trained_length, versions
+from vllm_lminf.plugin import archive, log, patches, trained_length, versions
+from vllm_lminf.plugin.archive_backend import Archive
 from vllm_lminf.plugin.config import BACKEND_NAME, LambdaConfig
 from vllm_lminf.plugin.kv_cache import LambdaSpec
 from vllm_lminf.plugin.layer_config import (
@@ -182,6 +183,7 @@ class LambdaAttentionBackend(AttentionBackend):
         """
         engine = LambdaAttentionImpl.built_last.engine
         models.settle(engine)
+        _give_archives(engine)
         if type(spec) is SlidingWindowSpec:
             own_window = spec.sliding_window
         elif type(spec) is FullAttentionSpec and not spec.non_causal:
@@ -200,6 +202,18 @@ class LambdaAttentionBackend(AttentionBackend):
     @classmethod
     def supports_sink(cls) -> bool:
         return True
+
+
+def _give_archives(engine: VllmConfig) -> None:
+    """Puts an archive beside every layer that recalls, as one more of vLLM's layers; once."""
+    layers = get_layers_from_vllm_config(engine, Attention)
+    context: dict[str, Any] = engine.compilation_config.static_forward_context
+    patterns = {name: layer.impl.pattern for name, layer in layers.items()}
+    for name in archive.recalling_layers(LambdaConfig.of(engine), patterns):
+        impl, its_name = layers[name].impl, archive.archive_name(name)
+        if its_name not in context:
+            context[its_name] = impl.archive = Archive(its_name)
+            patches.wrap_prompt_lengths()
 
 
 def _asked() -> str:
@@ -415,6 +429,7 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         self.device = torch.device("cpu")
         self.rotary: Rotary | None = None
         self.watch: Watch | None = None
+        self.archive: Archive | None = None
         self.kernel: Kernel | None = None
         self._kernels: dict[tuple[int, torch.dtype], tuple[str, Kernel]] = {}
         self._kv_cache: Callable[[], torch.Tensor | None] = _no_cache
@@ -563,8 +578,9 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         Args:
             layer: vLLM's layer, which has the scales of a quantised cache.
             query: rotated; shape [num_tokens, num_heads, head_size].
-            key: unused.
-            value: unused.
+            key: rotated; shape [num_tokens, num_kv_heads, head_size]; goes into the archive, where
+                the layer has one.
+            value: the same.
             kv_cache: shape [num_blocks, num_kv_heads, block_size, 2 * head_size].
             attn_metadata: the batch; None in a warm-up run, which computes nothing, and where
                 vLLM learns how much memory a step takes.
@@ -577,11 +593,17 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         if attn_metadata is None:
             return self._forward_without_batch(query, key, value, output)
         kernel, cache = self._bound if self._kv_cache() is kv_cache else self.bind(layer, kv_cache)
-        rows = slice(attn_metadata.num_actual_tokens)
-        if len(query) == len(output) == rows.stop:
-            kernel.attend(query, cache, attn_metadata.batch, output)
+        batch, rows = attn_metadata.batch, slice(attn_metadata.num_actual_tokens)
+        if not len(query) == len(output) == rows.stop:
+            query, written = query[rows], output[rows]
         else:
-            kernel.attend(query[rows], cache, attn_metadata.batch, output[rows])
+            written = output
+        if self.archive is None:
+            kernel.attend(query, cache, batch, written)
+        else:
+            pages, recall = self.archive.pages, self.archive.batch()
+            kernel.write_archive(key[rows], value[rows], pages, batch, recall)
+            kernel.attend_and_recall(query, cache, batch, pages, recall, written)
         return output
 
     def _forward_without_batch(

@@ -17,6 +17,14 @@ Wrapped functions:
   vllm-project/vllm#24794, "[Attention] Refactor CUDA attention backend selection logic".
 - ``vllm.v1.engine.core.get_kv_cache_configs``: its advice, a smaller max_model_len, doesn't matter
   here. To file: ask the KV cache specs for the advice that goes with "memory is too small".
+  It also gets the archive's group, see `vllm_lminf.plugin.archive`. To file: let a layer bring a KV
+  cache group with a pool of its own, as HiSparse's layers do.
+- ``vllm.v1.engine.core.EngineCore.__init__``: the hashes of blocks whose rows looked into the
+  middle must differ from those of others. To file: let a KV cache spec add to the hash of a
+  request's block what its contents depend on besides the tokens.
+- ``vllm.v1.worker.gpu_model_runner.GPUModelRunner._build_attention_metadata``, where queries recall
+  the middle: which of them do follows from the prompt's length. To file: hand
+  `CommonAttentionMetadata.rswa_prefix_lens`, the prompts' lengths, to every backend.
 - ``vllm.v1.worker.gpu_model_runner.GPUModelRunner.sample_tokens``, on CPUs: sets a CPU's generator
   back by an offset, which it doesn't have, and dies. To file: a seeded request whose prompt takes
   more than one step ends the engine on CPUs ("CPU Generator does not use offset"); keep the
@@ -80,6 +88,7 @@ def install(prepare: Callable[[EngineArgs], Finish | None]) -> None:
     _wrap_engine_args(prepare)
     _wrap_cpu_platform()
     _wrap_pool_planning()
+    _wrap_block_hashes()
     metrics.install()
 
 
@@ -111,12 +120,14 @@ def _reduce_backend(member: AttentionBackendEnum) -> tuple[Callable[..., Any], t
 def _register_kv_cache() -> None:
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+    from vllm_lminf.plugin.archive import ArchiveManager, ArchiveSpec
     from vllm_lminf.plugin.kv_cache import LambdaManager, LambdaSpec
 
     # The registry fills itself only while it is empty: vLLM's own entries must come first. This
     # public call makes it do so and checks nothing.
     KVCacheSpecRegistry.check_kv_cache_spec_registry({})
     KVCacheSpecRegistry.register(LambdaSpec, LambdaManager, uniform_type_base_spec=LambdaSpec)
+    KVCacheSpecRegistry.register(ArchiveSpec, ArchiveManager, uniform_type_base_spec=ArchiveSpec)
 
 
 def _wrap_engine_args(prepare: Callable[[EngineArgs], Finish | None]) -> None:
@@ -171,6 +182,7 @@ def _wrap_pool_planning() -> None:
     where the engine's process calls it."""
     from vllm.v1.engine import core
 
+    from vllm_lminf.plugin import archive
     from vllm_lminf.plugin.kv_cache import advice
 
     def plan(
@@ -182,16 +194,66 @@ def _wrap_pool_planning() -> None:
         **kwargs: Any,
     ) -> Any:
         try:
-            return original(vllm_config, kv_cache_specs, available_memory, *args, **kwargs)
+            configs = original(vllm_config, kv_cache_specs, available_memory, *args, **kwargs)
         except ValueError as error:
-            selected = vllm_config.attention_config.backend is backend_member()
-            if not selected or "memory" not in str(error):
+            if not _is_selected(vllm_config) or "memory" not in str(error):
                 raise
             raise ValueError(
                 f"{error}\n{advice(vllm_config, kv_cache_specs, available_memory)}"
             ) from error
+        if _is_selected(vllm_config):
+            configs = archive.plan(vllm_config, kv_cache_specs, configs)
+        return configs
 
     wrap(core, "get_kv_cache_configs", plan)
+
+
+def _wrap_block_hashes() -> None:
+    """Tells blocks apart by which of their rows looked into the middle."""
+    from vllm.v1.engine.core import EngineCore
+
+    from vllm_lminf.plugin.archive import mark_rows_that_look
+    from vllm_lminf.plugin.config import LambdaConfig
+
+    def start(
+        original: Callable[..., None],
+        self: EngineCore,
+        vllm_config: VllmConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        if self.request_block_hasher is None or not _is_selected(vllm_config):
+            return
+        middle = LambdaConfig.of(vllm_config).middle
+        if middle is not None:
+            pool = self.scheduler.kv_cache_manager.block_pool
+            self.request_block_hasher = mark_rows_that_look(
+                self.request_block_hasher, middle, pool.hash_block_size
+            )
+
+    wrap(EngineCore, "__init__", start)
+
+
+def wrap_prompt_lengths() -> None:
+    """Has the archive's metadata builder know the prompts' lengths. Called where a worker's model
+    recalls: other processes never load the runner."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from vllm_lminf.plugin.archive_backend import prompt_lens
+
+    def build(original: Callable[..., Any], self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        token = prompt_lens.set(self.input_batch.num_prompt_tokens_cpu_tensor)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            prompt_lens.reset(token)
+
+    wrap(GPUModelRunner, "_build_attention_metadata", build)
+
+
+def _is_selected(config: VllmConfig) -> bool:
+    return bool(config.attention_config.backend is backend_member())
 
 
 def _wrap_cpu_sampling() -> None:
@@ -213,9 +275,7 @@ def _wrap_cpu_sampling() -> None:
     def sample(
         original: Callable[..., Any], self: GPUModelRunner, *args: Any, **kwargs: Any
     ) -> Any:
-        if not isinstance(self, CPUModelRunner) or (
-            self.vllm_config.attention_config.backend is not backend_member()
-        ):
+        if not isinstance(self, CPUModelRunner) or not _is_selected(self.vllm_config):
             return original(self, *args, **kwargs)
         generators = self.input_batch.generators
         discarded = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]

@@ -1,0 +1,183 @@
+"""The archive's pages: how many, whose, and which of them another request may share."""
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request
+
+from tests.plugin.kv_cache.simulation import make_spec
+from vllm_lminf.middle import ALL_ROWS, Middle
+from vllm_lminf.plugin.archive import (
+    ArchiveManager,
+    ArchiveSpec,
+    first_rows,
+    mark_rows_that_look,
+)
+
+BLOCK = 4
+MIDDLE = Middle(2, distance=8, rows=3)
+
+
+def make_request(tokens: list[int], middle: Middle = MIDDLE) -> Request:
+    init_none_hash(sha256)
+    hasher = mark_rows_that_look(get_request_block_hasher(BLOCK, sha256), middle, BLOCK)
+    make_request.count += 1
+    return Request(
+        request_id=f"request-{make_request.count}",
+        prompt_token_ids=tokens,
+        sampling_params=SamplingParams(max_tokens=1000),
+        pooling_params=None,
+        block_hasher=hasher,
+    )
+
+
+make_request.count = 0
+
+
+class TestHashes:
+    def test_blocks_before_the_first_row_that_looks_are_shared(self) -> None:
+        """Of 23 tokens the last 3 look: five blocks are whole before row 20."""
+        plain = make_request(list(range(23)), Middle(2, distance=8, rows=ALL_ROWS)).block_hashes
+        marked = make_request(list(range(23))).block_hashes
+        assert marked == plain[:5]
+        longer = make_request(list(range(40))).block_hashes
+        assert longer[:5] == plain
+
+    def test_a_block_with_a_row_that_looks_is_shared_by_equal_prompts_alone(self) -> None:
+        """Of 24 tokens the last 3 look, row 21 on: the block of rows 20 to 23 is marked."""
+        tokens = list(range(24))
+        assert make_request(tokens).block_hashes == make_request(tokens).block_hashes
+        longer = make_request([*tokens, 24, 25, 26, 27])
+        assert make_request(tokens).block_hashes[:5] == longer.block_hashes[:5]
+        assert make_request(tokens).block_hashes[5] != longer.block_hashes[5]
+
+    def test_generated_tokens_look(self) -> None:
+        """Their blocks aren't those of a prompt that has the same tokens."""
+        request = make_request(list(range(20)))
+        for token in range(20, 40):
+            request.append_output_token_ids(token)
+        whole = make_request(list(range(60)))
+        assert len(request.block_hashes) == 10
+        assert request.block_hashes[:4] == whole.block_hashes[:4]
+        assert not set(request.block_hashes[4:]) & set(whole.block_hashes)
+
+    def test_where_every_row_looks_all_is_shared(self) -> None:
+        everywhere = Middle(2, distance=8, rows=ALL_ROWS)
+        request = make_request(list(range(20)), everywhere)
+        for token in range(20, 40):
+            request.append_output_token_ids(token)
+        whole = make_request(list(range(60)), everywhere)
+        assert request.block_hashes == whole.block_hashes[:10]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(1, [0, 0, 9]), (3, [0, 0, 7]), (ALL_ROWS, [0, 0, 0])]
+)
+def test_first_rows(rows: int, expected: list[int]) -> None:
+    found = first_rows(Middle(1, distance=1, rows=rows), torch.tensor([0, 1, 10]))
+    assert found.dtype == torch.int32
+    assert found.tolist() == expected
+    assert found.tolist() == [Middle(1, distance=1, rows=rows).first_row(n) for n in (0, 1, 10)]
+
+
+class Pools:
+    """A Λ group and its archive behind vLLM's manager."""
+
+    def __init__(self, num_blocks: int, num_pages: int) -> None:
+        init_none_hash(sha256)
+        archive = ArchiveSpec(
+            block_size=BLOCK,
+            num_kv_heads=1,
+            head_size=16,
+            dtype=torch.float32,
+            dcp_sharded=False,
+            num_pages=1 + num_pages,
+            index_bits=8,
+        )
+        groups = [
+            KVCacheGroupSpec(["layer"], make_spec(2, 6, BLOCK)),
+            KVCacheGroupSpec(["layer.archive"], archive, host_resident=True),
+        ]
+        self.kv = KVCacheManager(
+            KVCacheConfig(1 + num_blocks, [], groups, hisparse_host_num_blocks=num_pages),
+            max_model_len=10_000,
+            scheduler_block_size=BLOCK,
+            hash_block_size=BLOCK,
+            max_in_flight_tokens=8,
+            enable_caching=True,
+        )
+        self.archive: Any = self.kv.coordinator.single_type_managers[1]
+        assert type(self.archive) is ArchiveManager
+
+    def run(self, request: Request) -> int | None:
+        """Computes a prompt in steps of 8; tokens that came from the cache, or None: no room."""
+        hit, num_hit, _ = self.kv.get_computed_blocks(request)
+        arguments: dict[str, Any] = {
+            "num_new_computed_tokens": num_hit,
+            "new_computed_blocks": hit,
+            "full_sequence_must_fit": True,
+        }
+        request.num_computed_tokens = 0
+        while True:
+            computed = request.num_computed_tokens + (num_hit if arguments else 0)
+            num_new = min(8, request.num_tokens - computed)
+            if num_new == 0:
+                return num_hit
+            if self.kv.allocate_slots(request, num_new, **arguments) is None:
+                return None
+            arguments = {}
+            request.num_computed_tokens = computed + num_new
+
+
+class TestPages:
+    def test_a_page_for_every_block_of_the_sequence(self) -> None:
+        pools, request = Pools(20, 50), make_request(list(range(90)))
+        assert pools.run(request) == 0
+        assert pools.archive.num_pages_in_use == 23
+        held = pools.kv.get_blocks(request.request_id).blocks
+        assert sum(not block.is_null for block in held[0]) <= 5
+        assert len({block.block_id for block in held[1]}) == 23
+        pools.kv.free(request)
+        assert pools.archive.num_pages_in_use == 0
+
+    def test_a_full_archive_makes_requests_wait(self) -> None:
+        """The device's pool has room for all of them."""
+        pools = Pools(1000, 50)
+        first, second, third = (make_request([n, *range(100)]) for n in range(3))
+        assert pools.run(first) == 0
+        assert pools.run(second) is None
+        assert pools.archive.num_pages_in_use == 26
+        pools.kv.free(first)
+        assert pools.run(second) == 0
+        assert pools.run(third) is None
+        pools.kv.free(second)
+        assert pools.archive.num_pages_in_use == 0
+
+    def test_a_hit_is_as_long_as_both_have_it(self) -> None:
+        """Two requests share what was there before either looked; a page that is gone ends it."""
+        pools = Pools(1000, 50)
+        request = make_request(list(range(80)))
+        assert pools.run(request) == 0
+        pools.kv.free(request)
+        again = make_request(list(range(80)))
+        assert pools.run(again) == 76
+        pools.kv.free(again)
+        (page,) = pools.archive.block_pool.get_cached_block(request.block_hashes[9], [1])
+        pools.archive.block_pool.evict_blocks({page.block_id})
+        assert pools.run(make_request(list(range(80)))) == 36
+
+    def test_a_reset_reaches_the_archive(self) -> None:
+        """Stale pages must not come back with blocks that are computed anew."""
+        pools = Pools(1000, 50)
+        request = make_request(list(range(80)))
+        pools.run(request)
+        pools.kv.free(request)
+        assert pools.kv.reset_prefix_cache()
+        pool = pools.archive.block_pool
+        assert not any(pool.get_cached_block(h, [1]) for h in request.block_hashes)

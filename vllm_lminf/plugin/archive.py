@@ -1,0 +1,250 @@
+"""The archive of an engine whose queries recall the middle: its size, its pages, who shares them.
+
+Blocks that leave the window are freed as ever. What recalling needs of them lies in an archive in
+host memory, which is one more KV cache group to vLLM, with a pool of its own: block tables, prefix
+caching, preemption and aborts come from there. A request holds a page for every block of its
+sequence, until it ends.
+
+An archive that is full makes requests wait, and preempts running ones, as a full pool does. It
+never refuses one that was admitted, since the longest sequence fits: `plan` sees to it.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+)
+from vllm.v1.request import Request
+
+from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.kernels.archive import ArchiveFormat
+from vllm_lminf.middle import ALL_ROWS, Middle
+from vllm_lminf.pattern import Pattern, cdiv
+from vllm_lminf.plugin.config import LambdaConfig
+from vllm_lminf.plugin.kv_cache import LambdaSpec
+
+_GIB = 1 << 30
+
+Hasher = Callable[[Request], list[BlockHash]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchiveSpec(FullAttentionSpec):
+    """The archive of the layers that recall. vLLM allocates nothing for it: see
+    `vllm_lminf.plugin.archive_backend`.
+
+    Attributes:
+        num_pages: in the archive of a layer, one of them never used: vLLM's null block.
+        index_bits: of an element of its index.
+    """
+
+    num_pages: int
+    index_bits: int
+
+    @property
+    def format(self) -> ArchiveFormat:
+        return ArchiveFormat(
+            self.num_kv_heads, self.head_size, self.block_size, self.dtype, self.index_bits
+        )
+
+    @property
+    def page_size_bytes(self) -> int:
+        return self.format.page_bytes
+
+    @property
+    def has_layer_views(self) -> bool:
+        return False
+
+
+class ArchiveManager(FullAttentionManager):
+    """The pages of all requests, from a pool of its own. Block ids are those of that pool."""
+
+    kv_cache_spec: ArchiveSpec
+
+    def __init__(self, kv_cache_spec: ArchiveSpec, block_pool: BlockPool, **kwargs: Any) -> None:
+        self._device_pool = block_pool
+        own_pool = BlockPool(
+            num_gpu_blocks=kv_cache_spec.num_pages,
+            enable_caching=block_pool.enable_caching,
+            hash_block_size=block_pool.hash_block_size,
+        )
+        super().__init__(kv_cache_spec, block_pool=own_pool, **kwargs)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """None of the device's blocks while there are pages enough, and more of them than there are
+        otherwise: vLLM adds up the blocks of all groups, and has the request wait where they exceed
+        what is free."""
+        pages: int = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, **kwargs
+        )
+        is_enough = pages <= self.block_pool.get_num_free_blocks()
+        return 0 if is_enough else self._device_pool.num_gpu_blocks + 1
+
+    @property
+    def num_pages_in_use(self) -> int:
+        """Pages that requests hold now, each once however many share it."""
+        return self.kv_cache_spec.num_pages - 1 - int(self.block_pool.get_num_free_blocks())
+
+
+def archive_name(layer_name: str) -> str:
+    """What a layer's archive is called among vLLM's layers."""
+    return f"{layer_name}.archive"
+
+
+def recalling_layers(resolved: LambdaConfig, patterns: Mapping[str, Pattern]) -> list[str]:
+    """The layers that recall: from the setting's first one on, without those that have a window of
+    their own.
+
+    Args:
+        resolved: the engine's settings.
+        patterns: what layers see, by their names.
+    """
+    middle = resolved.middle
+    if middle is None:
+        return []
+    return [
+        name
+        for name, pattern in patterns.items()
+        if pattern == resolved.pattern and middle.recalls(extract_layer_index(name) + 1)
+    ]
+
+
+def plan(
+    engine: VllmConfig, specs: Sequence[dict[str, KVCacheSpec]], configs: list[KVCacheConfig]
+) -> list[KVCacheConfig]:
+    """Adds the archive to what vLLM planned; nothing where nothing recalls.
+
+    Args:
+        engine: its settings are resolved.
+        specs: of every worker, the caches of its layers.
+        configs: of every worker, in the same order.
+
+    Raises:
+        UnsupportedError: the archive doesn't hold the longest sequence, or the host hasn't got the
+            memory, or no layer recalls.
+    """
+    resolved = LambdaConfig.of(engine)
+    if resolved.middle is None:
+        return configs
+    recalling: list[list[str]] = []
+    for layers in specs:
+        of_ours = {n: each.pattern for n, each in layers.items() if isinstance(each, LambdaSpec)}
+        recalling.append(recalling_layers(resolved, of_ours))
+    found = [each[name] for each, names in zip(specs, recalling, strict=True) for name in names]
+    if not found:
+        raise UnsupportedError(
+            [
+                f"middle_top_k is {resolved.middle.top_k}, and no layer recalls: from the layer "
+                f"{resolved.middle.from_layer} on, every layer has a window of its own; set "
+                "middle_from_layer, or middle_top_k to 0"
+            ]
+        )
+    some: Any = found[0]
+    page = ArchiveFormat(
+        some.num_kv_heads, some.head_size, some.block_size, some.dtype, resolved.middle_index
+    )
+    page_of_all = page.page_bytes * len(found)
+    num_pages = int(resolved.archive_gib * _GIB) // page_of_all
+    _check_size(engine, num_pages, page_of_all, some.block_size)
+    spec = ArchiveSpec(
+        block_size=some.block_size,
+        num_kv_heads=some.num_kv_heads,
+        head_size=some.head_size,
+        dtype=some.dtype,
+        dcp_sharded=False,
+        num_pages=num_pages,
+        index_bits=resolved.middle_index,
+    )
+    for config, layer_names in zip(configs, recalling, strict=True):
+        names = [archive_name(name) for name in layer_names]
+        config.kv_cache_groups.append(KVCacheGroupSpec(names, spec, host_resident=True))
+        # vLLM tells by it how many requests there is room for.
+        config.hisparse_host_num_blocks = num_pages - 1
+    return configs
+
+
+def _check_size(engine: VllmConfig, num_pages: int, page_of_all: int, block_size: int) -> None:
+    resolved, max_model_len = LambdaConfig.of(engine), engine.model_config.max_model_len
+    needed = cdiv(max_model_len, block_size) + 1
+    reasons = []
+    if num_pages < needed:
+        held = max(0, num_pages - 1) * block_size
+        reasons.append(
+            f"archive_gib is {resolved.archive_gib:g}, which holds the keys and values of {held} "
+            f"tokens, and max_model_len is {max_model_len}: set archive_gib to "
+            f"{_rounded_up(needed * page_of_all)} or more, or max_model_len to {held} or less"
+        )
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_pages * page_of_all > total:
+        reasons.append(
+            f"archive_gib is {resolved.archive_gib:g}, and this host has "
+            f"{total / _GIB:.1f} GiB of memory in all: set it lower"
+        )
+    if reasons:
+        raise UnsupportedError(reasons)
+
+
+def _rounded_up(num_bytes: int) -> str:
+    return f"{cdiv(num_bytes * 100, _GIB) / 100:g}"
+
+
+def mark_rows_that_look(hasher: Hasher, middle: Middle, hash_block_size: int) -> Hasher:
+    """Hashes of blocks that also say which of their rows looked into the middle.
+
+    The keys and values of a row that looked aren't those of one that didn't, in all layers behind
+    the first that recalls. Which rows look follows from the length of a request's prompt, so two
+    requests may have the same tokens in a block, and not the same keys. Blocks from the first row
+    that looks on are therefore hashed with its position; those before it are shared as ever.
+
+    Args:
+        hasher: vLLM's: the hashes of a request's full blocks that have none yet.
+        middle: what queries recall.
+        hash_block_size: tokens that a hash covers.
+    """
+    if middle.rows == ALL_ROWS:
+        return hasher
+
+    def hash_blocks(request: Request) -> list[BlockHash]:
+        known = len(request.block_hashes)
+        first_row = middle.first_row(request.num_prompt_tokens)
+        unmarked = max(0, first_row // hash_block_size - known)
+        hashes = hasher(request)
+        mark = first_row.to_bytes(8, "little")
+        return hashes[:unmarked] + [
+            BlockHash(hashlib.sha256(mark + each).digest()) for each in hashes[unmarked:]
+        ]
+
+    return hash_blocks
+
+
+def first_rows(middle: Middle, prompt_lens: torch.Tensor) -> torch.Tensor:
+    """`Middle.first_row` of every request.
+
+    Args:
+        prompt_lens: integers [num_requests].
+
+    Returns:
+        int32 [num_requests].
+    """
+    rows = min(middle.rows, torch.iinfo(torch.int32).max)
+    return (prompt_lens.to(torch.int64) - rows).clamp(min=0).to(torch.int32)

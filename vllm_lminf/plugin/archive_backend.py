@@ -1,0 +1,117 @@
+"""The archive in a worker: one for each layer that recalls, and a step's description of it.
+
+To vLLM an archive is one more layer beside the one that it serves, so that it gets a block table
+and a slot mapping of its own. Its memory is the host's.
+"""
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+
+from vllm_lminf.kernels.archive import RecallBatch
+from vllm_lminf.plugin import archive
+from vllm_lminf.plugin.archive import ArchiveSpec
+from vllm_lminf.plugin.config import LambdaConfig
+
+prompt_lens: ContextVar[torch.Tensor | None] = ContextVar("prompt_lens", default=None)
+"""While a step's metadata is built: tokens of the prompt of each request; integers
+[>= num_requests], on the host. vLLM's runner knows them, and doesn't tell backends:
+`vllm_lminf.plugin.patches` does."""
+
+
+class Archive(AttentionLayerBase):
+    """The archive of one layer.
+
+    Attributes:
+        name: among vLLM's layers.
+        pages: uint8 [num_pages, page_bytes], see `vllm_lminf.kernels.archive.ArchiveFormat`; of no
+            pages until the engine's caches are planned.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.pages = torch.empty(0, 0, dtype=torch.uint8)
+
+    def batch(self) -> RecallBatch:
+        """The step's, in a layer's forward pass."""
+        metadata: Any = get_forward_context().attn_metadata
+        batch: RecallBatch = metadata[self.name]
+        return batch
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return ArchiveBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        """None: vLLM would take its memory from the device. `archive.plan` adds it."""
+        return None
+
+
+class ArchiveBackend(AttentionBackend):
+    """What vLLM asks of a layer's backend, for an archive, which attends to nothing."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "LMINF_ARCHIVE"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        raise NotImplementedError("an archive is read by the layer that it serves")
+
+    @staticmethod
+    def get_builder_cls() -> type["RecallBatchBuilder"]:
+        return RecallBatchBuilder
+
+
+class RecallBatchBuilder(AttentionMetadataBuilder[Any]):
+    """Allocates the archives of a worker, and describes each step."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        middle = LambdaConfig.of(vllm_config).middle
+        if not isinstance(kv_cache_spec, ArchiveSpec) or middle is None:
+            raise TypeError(
+                f"an archive of kind {kv_cache_spec}, in an engine that recalls {middle}"
+            )
+        self._middle = middle
+        # Memory that nobody has written to yet is address space alone.
+        shape = kv_cache_spec.num_pages, kv_cache_spec.page_size_bytes
+        for each in get_layers_from_vllm_config(vllm_config, Archive, layer_names).values():
+            each.pages = torch.empty(shape, dtype=torch.uint8)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        return AttentionCGSupport.NEVER
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> RecallBatch:
+        common, lens = common_attn_metadata, prompt_lens.get()
+        if lens is None:
+            raise RuntimeError("a step's requests are described without their prompts' lengths")
+        return RecallBatch(
+            block_table=common.block_table_tensor[: common.num_reqs],
+            slot_mapping=common.slot_mapping[: common.num_actual_tokens],
+            first_rows=archive.first_rows(self._middle, lens[: common.num_reqs]),
+        )
