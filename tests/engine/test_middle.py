@@ -154,11 +154,11 @@ class TestOneEngine:
         submit(llm, "long", tokens(700), 4)
         for _ in range(6):
             step(llm)
-        assert archive_manager(llm).num_pages_in_use == 44
+        assert archive_manager(llm).num_pages_held == 44
         # A pinned block, and 40 + 1 positions of a window that starts inside a block.
         assert num_held(llm)["long"] <= 1 + 4
         finish(llm)
-        assert archive_manager(llm).num_pages_in_use == 0
+        assert archive_manager(llm).num_pages_held == 0
 
     def test_aborted_requests_leave_nothing(self, llm: LLM) -> None:
         with poisoned(llm):

@@ -101,9 +101,14 @@ class ArchiveManager(FullAttentionManager):
         return 0 if is_enough else self._device_pool.num_gpu_blocks + 1
 
     @property
-    def num_pages_in_use(self) -> int:
+    def num_pages(self) -> int:
+        """Pages that requests can hold."""
+        return self.kv_cache_spec.num_pages - 1
+
+    @property
+    def num_pages_held(self) -> int:
         """Pages that requests hold now, each once however many share it."""
-        return self.kv_cache_spec.num_pages - 1 - int(self.block_pool.get_num_free_blocks())
+        return self.num_pages - int(self.block_pool.get_num_free_blocks())
 
 
 def archive_name(layer_name: str) -> str:

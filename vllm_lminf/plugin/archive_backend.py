@@ -20,7 +20,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_lminf.kernels.archive import RecallBatch
-from vllm_lminf.plugin import archive
+from vllm_lminf.middle import ALL_ROWS, Middle
+from vllm_lminf.plugin import archive, log
 from vllm_lminf.plugin.archive import ArchiveSpec
 from vllm_lminf.plugin.config import LambdaConfig
 
@@ -94,6 +95,19 @@ class RecallBatchBuilder(AttentionMetadataBuilder[Any]):
         shape = kv_cache_spec.num_pages, kv_cache_spec.page_size_bytes
         for each in get_layers_from_vllm_config(vllm_config, Archive, layer_names).values():
             each.pages = torch.empty(shape, dtype=torch.uint8)
+        log.info(
+            vllm_config,
+            "the middle is recalled in %d layers, from layer %d on: %s, scored at distance %d, by "
+            "%s; the archive holds %d blocks of %d tokens, in %.2f GiB of host memory",
+            len(layer_names),
+            middle.from_layer,
+            _units(middle),
+            middle.distance,
+            _rows(middle),
+            kv_cache_spec.num_pages - 1,
+            kv_cache_spec.block_size,
+            len(layer_names) * shape[0] * shape[1] / (1 << 30),
+        )
 
     @classmethod
     def get_cudagraph_support(
@@ -115,3 +129,15 @@ class RecallBatchBuilder(AttentionMetadataBuilder[Any]):
             slot_mapping=common.slot_mapping[: common.num_actual_tokens],
             first_rows=archive.first_rows(self._middle, lens[: common.num_reqs]),
         )
+
+
+def _units(middle: Middle) -> str:
+    if middle.block_size == 1:
+        return f"the best {middle.top_k} tokens of each query head"
+    return f"the best {middle.top_k} blocks of {middle.block_size} tokens of each key head"
+
+
+def _rows(middle: Middle) -> str:
+    if middle.rows == ALL_ROWS:
+        return "every query"
+    return f"the last {middle.rows} queries of a prompt and all behind it"

@@ -28,6 +28,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from vllm.v1.request import Request
 
 from vllm_lminf.pattern import num_seen
+from vllm_lminf.plugin.archive import ArchiveManager
 from vllm_lminf.plugin.config import BACKEND_NAME, LambdaConfig
 from vllm_lminf.plugin.kv_cache import LambdaManager
 from vllm_lminf.plugin.wrapping import path_of, wrap
@@ -35,7 +36,18 @@ from vllm_lminf.plugin.wrapping import path_of, wrap
 BLOCKS_PINNED = "lminf_kv_blocks_pinned"
 BLOCKS_FREED = "lminf_kv_blocks_freed"
 TOKENS_OUTSIDE = "lminf_tokens_outside_window"
-NAMES = (BLOCKS_PINNED, BLOCKS_FREED, TOKENS_OUTSIDE)
+ARCHIVE_HELD = "lminf_archive_blocks_held"
+ARCHIVE_SIZE = "lminf_archive_blocks"
+NAMES = (BLOCKS_PINNED, BLOCKS_FREED, TOKENS_OUTSIDE, ARCHIVE_HELD, ARCHIVE_SIZE)
+
+_OF_THE_LAMBDA = ("n_global", "n_local", "distance_limit")
+_OF_THE_MIDDLE = (
+    "middle_top_k",
+    "middle_rows",
+    "middle_from_layer",
+    "middle_distance",
+    "middle_unit",
+)
 
 CARRIER = "num_kv_fetch_reqs_by_stage"
 """The field of `SchedulerStats` that the numbers travel in."""
@@ -103,9 +115,11 @@ class Meter:
     def __init__(self, managers: Iterable[object]) -> None:
         """
         Args:
-            managers: those of all the engine's KV cache groups; others than the Λ's are left out.
+            managers: those of all the engine's KV cache groups; others than ours are left out.
         """
-        self._managers = [m for m in managers if isinstance(m, LambdaManager)]
+        of_all = list(managers)
+        self._managers = [m for m in of_all if isinstance(m, LambdaManager)]
+        self._archives = [m for m in of_all if isinstance(m, ArchiveManager)]
         # Layers with a window of their own have a Λ of their own; a token is out of sight once
         # none of them sees it.
         self._patterns = {m.pattern for m in self._managers}
@@ -122,8 +136,9 @@ class Meter:
 
         Returns:
             Blocks pinned now, each once however many requests share it; blocks that left a window
-            and went back to the pool since the last reading; and tokens, summed over the requests
-            that hold blocks, that no later query sees.
+            and went back to the pool since the last reading; tokens, summed over the requests that
+            hold blocks, that no later query sees; where the middle is recalled, also the blocks of
+            the archive that requests hold, and how many it has.
         """
         now = time.monotonic()
         is_early = now < self._last_reading + INTERVAL_S
@@ -143,7 +158,10 @@ class Meter:
             if request is not None:
                 computed = request.num_computed_tokens
                 outside += computed - num_seen(self._patterns, computed)
-        return {BLOCKS_PINNED: pinned, BLOCKS_FREED: freed, TOKENS_OUTSIDE: outside}
+        numbers = {BLOCKS_PINNED: pinned, BLOCKS_FREED: freed, TOKENS_OUTSIDE: outside}
+        for archive in self._archives:
+            numbers |= {ARCHIVE_HELD: archive.num_pages_held, ARCHIVE_SIZE: archive.num_pages}
+        return numbers
 
 
 class LambdaStatLogger(AggregateStatLoggerBase):
@@ -177,16 +195,14 @@ class LambdaStatLogger(AggregateStatLoggerBase):
             multiprocess_mode="mostrecent",
         )
         # As vLLM does for its own: prometheus_client has no Info for several processes.
-        pattern = LambdaConfig.of(vllm_config).pattern
-        settings = {
-            "n_global": pattern.n_global,
-            "n_local": pattern.n_local,
-            "distance_limit": pattern.distance_limit,
-        }
+        resolved = LambdaConfig.of(vllm_config)
+        names = _OF_THE_LAMBDA + (() if resolved.middle is None else _OF_THE_MIDDLE)
+        settings = {name: getattr(resolved, name) for name in names}
         info = Gauge(
             "vllm:lminf_config_info",
             "Settings of LM-Infinite, as labels: every token sees the first n_global tokens and "
-            "the last n_local, and no distance counts as more than distance_limit.",
+            "the last n_local, and no distance counts as more than distance_limit; middle_top_k "
+            "and what belongs to it say what is recalled of the rest.",
             [*labels, *settings],
             multiprocess_mode="mostrecent",
         )
@@ -195,6 +211,21 @@ class LambdaStatLogger(AggregateStatLoggerBase):
         self._pinned = {index: pinned.labels(model, str(index)) for index in engine_indexes}
         self._freed = {index: freed.labels(model, str(index)) for index in engine_indexes}
         self._outside = {index: outside.labels(model, str(index)) for index in engine_indexes}
+        self._archives: dict[str, dict[int, Gauge]] = {}
+        if resolved.middle is not None:
+            what = {
+                ARCHIVE_HELD: "that requests hold; one that several requests share counts once",
+                ARCHIVE_SIZE: "in all",
+            }
+            for name, which in what.items():
+                gauge = Gauge(
+                    f"vllm:{name}",
+                    f"Blocks of LM-Infinite's archive of the middle, in host memory, {which}.",
+                    labels,
+                    multiprocess_mode="mostrecent",
+                )
+                by_engine = {index: gauge.labels(model, str(index)) for index in engine_indexes}
+                self._archives[name] = by_engine
 
     def record(
         self,
@@ -207,6 +238,8 @@ class LambdaStatLogger(AggregateStatLoggerBase):
             self._pinned[engine_idx].set(numbers[BLOCKS_PINNED])
             self._freed[engine_idx].inc(numbers[BLOCKS_FREED])
             self._outside[engine_idx].set(numbers[TOKENS_OUTSIDE])
+            for name, gauges in self._archives.items():
+                gauges[engine_idx].set(numbers[name])
 
     def log_engine_initialized(self) -> None:
         """Nothing to say: `LambdaMetadataBuilder` logs the settings in each worker."""

@@ -139,12 +139,12 @@ class TestPages:
     def test_a_page_for_every_block_of_the_sequence(self) -> None:
         pools, request = Pools(20, 50), make_request(list(range(90)))
         assert pools.run(request) == 0
-        assert pools.archive.num_pages_in_use == 23
+        assert pools.archive.num_pages_held == 23
         held = pools.kv.get_blocks(request.request_id).blocks
         assert sum(not block.is_null for block in held[0]) <= 5
         assert len({block.block_id for block in held[1]}) == 23
         pools.kv.free(request)
-        assert pools.archive.num_pages_in_use == 0
+        assert pools.archive.num_pages_held == 0
 
     def test_a_full_archive_makes_requests_wait(self) -> None:
         """The device's pool has room for all of them."""
@@ -152,12 +152,12 @@ class TestPages:
         first, second, third = (make_request([n, *range(100)]) for n in range(3))
         assert pools.run(first) == 0
         assert pools.run(second) is None
-        assert pools.archive.num_pages_in_use == 26
+        assert pools.archive.num_pages_held == 26
         pools.kv.free(first)
         assert pools.run(second) == 0
         assert pools.run(third) is None
         pools.kv.free(second)
-        assert pools.archive.num_pages_in_use == 0
+        assert pools.archive.num_pages_held == 0
 
     def test_a_hit_is_as_long_as_both_have_it(self) -> None:
         """Two requests share what was there before either looked; a page that is gone ends it."""
