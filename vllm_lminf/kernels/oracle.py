@@ -4,10 +4,10 @@ It materialises every score, so it is for tests and for reading, in any dtype up
 """
 
 import torch
-import torch.nn.functional as F
 
+from vllm_lminf.kernels.units import best_units
 from vllm_lminf.middle import Middle
-from vllm_lminf.pattern import Pattern, cdiv
+from vllm_lminf.pattern import Pattern
 from vllm_lminf.rope import RotarySpec, rotate
 
 
@@ -81,7 +81,7 @@ def lambda_attention(
     if middle is not None:
         looking = (i >= middle.first_row(prompt_len))[:, None] & (difference >= 0) & ~visible
         products = torch.einsum("ihd,jhd->hij", *_stationary(query, key, middle.distance, rotary))
-        recalled = _best_units(products, looking, middle, group_size)
+        recalled = best_units(products, looking, middle, group_size)
         scores = torch.where(recalled, products, scores)
         distance = torch.where(recalled, middle.distance, distance)
         visible = visible | recalled
@@ -96,36 +96,6 @@ def lambda_attention(
         scores = torch.cat((scores, column), dim=-1)
     weights = scores.softmax(dim=-1)[..., : key.shape[0]]
     return torch.einsum("hij,jhd->ihd", weights, value)
-
-
-def _best_units(
-    products: torch.Tensor, looking: torch.Tensor, middle: Middle, group_size: int
-) -> torch.Tensor:
-    """Which keys of the middle are recalled.
-
-    Args:
-        products: what keys are ranked by; [num_heads, num_queries, num_keys].
-        looking: who looks at which key; bool [num_queries, num_keys].
-        middle: what a unit is, and how many are recalled.
-        group_size: query heads that share a key head.
-
-    Returns:
-        bool [num_heads, num_queries, num_keys].
-    """
-    num_heads, num_queries, num_keys = products.shape
-    size = middle.block_size
-    num_units = cdiv(num_keys, size)
-    padding = (0, num_units * size - num_keys)
-    ranks = F.pad(products.masked_fill(~looking, -torch.inf), padding, value=-torch.inf)
-    ranks = ranks.unflatten(-1, (num_units, size)).amax(dim=-1)
-    if size > 1:
-        shared = ranks.unflatten(0, (-1, group_size)).amax(dim=1)
-        ranks = shared.repeat_interleave(group_size, dim=0)
-    # A stable sort leaves equals in the order of their positions.
-    best = ranks.sort(dim=-1, descending=True, stable=True).indices[..., : middle.top_k]
-    chosen = torch.zeros(num_heads, num_queries, num_units, dtype=torch.bool)
-    chosen.scatter_(-1, best, True)
-    return chosen.repeat_interleave(size, dim=-1)[..., :num_keys] & looking
 
 
 def _stationary(

@@ -5,19 +5,26 @@ global keys behind it form a second branch, whose queries are rotated to the dis
 whose keys are rotated back to position 0. The two branches are joined through their log-sum-exps,
 so that together they are one softmax over every visible key.
 
+In a layer that recalls from the middle, what a query recalls is a third branch, which is joined in
+the same way: see `vllm_lminf.kernels.recall`.
+
 Cache slots outside the visible keys are never read into a score or a value: they may hold
 anything, NaN included.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from vllm_lminf.kernels.archive import RecallBatch
 from vllm_lminf.kernels.base import DeviceBatch, Kernel, LayerConfig, PagedCache, ScoreRules
 from vllm_lminf.kernels.host_batch import HostBatch, InverseRotations
-from vllm_lminf.pattern import LambdaPattern, cdiv
+from vllm_lminf.kernels.pages import gather
+from vllm_lminf.kernels.recall import LookingQueries, without_rotation
+from vllm_lminf.pattern import LambdaPattern
 
 _MAX_TILE = 512
 _MIN_TILE = 128
@@ -28,15 +35,20 @@ class ReferenceKernel(Kernel):
     layer of every step waits for the device."""
 
     block_multiple: ClassVar[int] = 1
+    recalls: ClassVar[bool] = True
 
     @classmethod
     def unsupported_reasons(cls, layer: LayerConfig) -> list[str]:
-        if layer.cache_dtype.itemsize > 1:
-            return []
-        name = str(layer.cache_dtype).removeprefix("torch.")
-        return [f"it keeps the cache in 16 or 32 bits, not in {name}"]
+        reasons = []
+        if layer.cache_dtype.itemsize == 1:
+            name = str(layer.cache_dtype).removeprefix("torch.")
+            reasons.append(f"it keeps the cache in 16 or 32 bits, not in {name}")
+        if layer.middle is not None:
+            reasons += _reasons_against_recalling(layer)
+        return reasons
 
     def __init__(self, layer: LayerConfig) -> None:
+        self._layer = layer
         self._pattern = layer.pattern
         self._rules = layer.rules
         self._rotation = layer.far_rotation
@@ -48,26 +60,56 @@ class ReferenceKernel(Kernel):
         cache: PagedCache,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """See `Kernel`. Off the CPU, where to look for a token without a slot would wait for the
-        device, such a token is stored in slot 0, which nobody reads: block 0 stands for blocks that
-        were freed."""
-        num_tokens = slot_mapping.shape[0]
-        key, value = key[:num_tokens], value[:num_tokens]
-        if slot_mapping.device.type != "cpu":
-            slot_mapping = slot_mapping.clamp(min=0)
-        elif bool((slot_mapping < 0).any()):
-            has_slot = slot_mapping >= 0
-            key, value, slot_mapping = key[has_slot], value[has_slot], slot_mapping[has_slot]
-        block_size = cache.key.shape[2]
-        block, offset = slot_mapping // block_size, slot_mapping % block_size
-        cache.key[block, :, offset] = key.to(cache.key.dtype)
-        cache.value[block, :, offset] = value.to(cache.value.dtype)
+        """See `Kernel`, and `_store` for tokens without a slot: block 0 stands for blocks that were
+        freed."""
+        _store(key, value, cache, slot_mapping)
 
     def attend(
         self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
     ) -> None:
-        host, pattern = HostBatch.of(batch), self._pattern
-        rotation = self._rotation
+        for _, rows, tiles in self._requests(query, cache, batch):
+            tiles.attend(output[rows])
+
+    def write_archive(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        archive: torch.Tensor,
+        batch: DeviceBatch,
+        recall: RecallBatch,
+    ) -> None:
+        """See `Kernel`. The index is left alone."""
+        positions = HostBatch.of(batch).positions
+        num_tokens = len(positions)
+        still = without_rotation(key[:num_tokens], positions, self._layer.rotation)
+        _store(still, value, self._kept(archive), recall.slot_mapping[:num_tokens])
+
+    def attend_and_recall(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        batch: DeviceBatch,
+        archive: torch.Tensor,
+        recall: RecallBatch,
+        output: torch.Tensor,
+    ) -> None:
+        kept, first_rows = self._kept(archive), recall.first_rows.tolist()
+        for request, rows, tiles in self._requests(query, cache, batch):
+            tiles.looking = LookingQueries.of(
+                self._layer,
+                query[rows],
+                tiles.seq_len,
+                first_rows[request],
+                kept,
+                recall.block_table[request],
+            )
+            tiles.attend(output[rows])
+
+    def _requests(
+        self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch
+    ) -> Iterator[tuple[int, slice, "_RequestTiles"]]:
+        """Every request that has queries: its number, its rows, and what is done with them."""
+        host, pattern, rotation = HostBatch.of(batch), self._pattern, self._rotation
         inverse = None if rotation is None else host.inverse_rotations(rotation, pattern)
         query_start_loc = host.query_start_loc.tolist()
         for request, seq_len in enumerate(host.seq_lens.tolist()):
@@ -77,16 +119,64 @@ class ReferenceKernel(Kernel):
             # The first query's window reaches back furthest; the last has most behind its own.
             _, window = pattern.intervals(seq_len - (end - start))
             behind, _ = pattern.intervals(seq_len - 1)
+            row = batch.block_table[request]
             tiles = _RequestTiles(
                 query[start:end],
-                *_gather(cache, batch.block_table[request], window.start, seq_len),
-                *_gather(cache, batch.block_table[request], behind.start, behind.stop),
+                gather(cache.key, row, window.start, seq_len),
+                gather(cache.value, row, window.start, seq_len),
+                gather(cache.key, row, behind.start, behind.stop),
+                gather(cache.value, row, behind.start, behind.stop),
                 seq_len,
                 pattern,
                 self._rules,
                 inverse and inverse.of_rows(start, end),
             )
-            tiles.attend(output[start:end])
+            yield request, slice(start, end), tiles
+
+    def _kept(self, archive: torch.Tensor) -> PagedCache:
+        return PagedCache(*self._layer.archive_format.kept(archive))
+
+
+def _reasons_against_recalling(layer: LayerConfig) -> list[str]:
+    reasons = []
+    if layer.rules.alibi_slopes is not None:
+        reasons.append("it recalls nothing from the middle with ALiBi: set middle_top_k to 0")
+    if layer.rules.sinks is not None:
+        reasons.append("it recalls nothing from the middle with sinks: set middle_top_k to 0")
+    if layer.block_size % 16:
+        reasons.append(
+            f"blocks of {layer.block_size} tokens: those of the archive are of multiples of 16"
+        )
+    if layer.heads.head_size % 16:
+        reasons.append(
+            f"heads of {layer.heads.head_size} dimensions: those of the archive are of multiples "
+            "of 16; set middle_top_k to 0"
+        )
+    return reasons
+
+
+def _store(
+    key: torch.Tensor, value: torch.Tensor, cache: PagedCache, slot_mapping: torch.Tensor
+) -> None:
+    """Stores keys and values in their slots. Off the CPU, where to look for a token without a slot
+    would wait for the device, such a token is stored in slot 0, which nobody reads.
+
+    Args:
+        key, value: [>= num_tokens, num_kv_heads, head_size].
+        cache: written in place.
+        slot_mapping: [num_tokens]; negative for a token without a slot.
+    """
+    num_tokens = slot_mapping.shape[0]
+    key, value = key[:num_tokens], value[:num_tokens]
+    if slot_mapping.device.type != "cpu":
+        slot_mapping = slot_mapping.clamp(min=0)
+    elif bool((slot_mapping < 0).any()):
+        has_slot = slot_mapping >= 0
+        key, value, slot_mapping = key[has_slot], value[has_slot], slot_mapping[has_slot]
+    block_size = cache.key.shape[2]
+    block, offset = slot_mapping // block_size, slot_mapping % block_size
+    cache.key[block, :, offset] = key.to(cache.key.dtype)
+    cache.value[block, :, offset] = value.to(cache.value.dtype)
 
 
 @dataclass
@@ -101,6 +191,7 @@ class _RequestTiles:
         seq_len: the position after the last query.
         pattern, rules: what is computed.
         inverse: rotations of these queries and the global keys to the limit; None without RoPE.
+        looking: those of the queries that recall something from the middle, if any does.
     """
 
     query: torch.Tensor
@@ -112,6 +203,7 @@ class _RequestTiles:
     pattern: LambdaPattern
     rules: ScoreRules
     inverse: InverseRotations | None
+    looking: LookingQueries | None = None
 
     def attend(self, output: torch.Tensor) -> None:
         """Writes the attention of all queries, tile by tile; output is of query's shape."""
@@ -136,6 +228,8 @@ class _RequestTiles:
             )
             if self.global_key.shape[1] > 0 and pattern.window_start(end - 1) > 0:
                 local, lse = self._join_global_branch(local, lse, rows, first)
+            if self.looking is not None:
+                local, lse = self._join_recalled(self.looking, local, lse, first)
             if self.rules.sinks is not None:
                 joint = torch.logaddexp(lse, self.rules.sinks.to(lse.dtype))
                 local = local * (lse - joint).exp()[..., None]
@@ -173,9 +267,7 @@ class _RequestTiles:
             clamped = torch.einsum("rhgd,hnd->rhgn", clamped_query, clamped_key)
             beyond = difference > self.pattern.distance_limit
             scores = torch.where(beyond[:, None, None], clamped, scores)
-        scores = scores * self.rules.scale
-        if self.rules.softcap is not None:
-            scores = self.rules.softcap * (scores / self.rules.softcap).tanh()
+        scores = self._scaled(scores)
         if self.rules.alibi_slopes is not None:
             distance = difference.clamp(max=self.pattern.distance_limit)
             slopes = self.rules.alibi_slopes.to(wide).view(num_kv_heads, -1, 1)
@@ -183,30 +275,64 @@ class _RequestTiles:
         in_window = difference < self.pattern.n_local
         scores = scores.masked_fill(in_window[:, None, None], -math.inf)
 
-        local_lse = local_lse.view(num_rows, num_kv_heads, -1)
-        joint_lse = torch.logaddexp(local_lse, scores.logsumexp(dim=-1))
-        weights = (scores - joint_lse[..., None]).exp()
-        joint = torch.einsum("rhgn,hnd->rhgd", weights, self.global_value.to(wide))
-        joint = joint + (local_lse - joint_lse).exp()[..., None] * local.view(grouped)
-        return joint.reshape(local.shape), joint_lse.reshape(num_rows, num_heads)
+        return _join(local, local_lse, scores, self.global_value)
+
+    def _join_recalled(
+        self,
+        looking: LookingQueries,
+        local: torch.Tensor,
+        local_lse: torch.Tensor,
+        first_position: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Joins what a tile's queries recall from the middle into what they see.
+
+        Args:
+            looking: those that recall something.
+            local: the output so far [num_rows, num_heads, head_size].
+            local_lse: its log-sum-exp [num_rows, num_heads].
+            first_position: position of the first query.
+
+        Returns:
+            The joint output and log-sum-exp, in local_lse's dtype.
+        """
+        joint, joint_lse = local.to(local_lse.dtype), local_lse.clone()
+        for start, stop in looking.tiles(first_position, first_position + len(local)):
+            products, is_recalled, value = looking.recalled(start, stop)
+            scores = self._scaled(products).masked_fill(~is_recalled, -math.inf)
+            rows = slice(start - first_position, stop - first_position)
+            joint[rows], joint_lse[rows] = _join(joint[rows], joint_lse[rows], scores, value)
+        return joint, joint_lse
+
+    def _scaled(self, products: torch.Tensor) -> torch.Tensor:
+        """Products of queries and keys as scores, but for a bias."""
+        scores = products * self.rules.scale
+        if self.rules.softcap is not None:
+            scores = self.rules.softcap * (scores / self.rules.softcap).tanh()
+        return scores
 
 
-def _gather(
-    cache: PagedCache, block_row: torch.Tensor, start: int, end: int
+def _join(
+    local: torch.Tensor, local_lse: torch.Tensor, scores: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of positions [start, end): each [num_kv_heads, end - start, head_size].
+    """Joins further keys into an attention.
 
-    Only the slots of these positions are part of the result; the rest of their blocks is dropped.
+    Args:
+        local: the output without them [num_rows, num_heads, head_size].
+        local_lse: its log-sum-exp [num_rows, num_heads].
+        scores: of the keys [num_rows, num_kv_heads, group, num_keys]; minus infinity for a key that
+            a query doesn't see.
+        value: of the keys [num_kv_heads, num_keys, head_size].
+
+    Returns:
+        The joint output and log-sum-exp, in local_lse's dtype.
     """
-    block_size = cache.key.shape[2]
-    first_block = start // block_size
-    blocks = block_row[first_block : cdiv(end, block_size)].long()
-    skip = first_block * block_size
-
-    def gathered(half: torch.Tensor) -> torch.Tensor:
-        return half.transpose(0, 1)[:, blocks].flatten(1, 2)[:, start - skip : end - skip]
-
-    return gathered(cache.key), gathered(cache.value)
+    num_rows, num_kv_heads, group, _ = scores.shape
+    lse = local_lse.view(num_rows, num_kv_heads, group)
+    joint_lse = torch.logaddexp(lse, scores.logsumexp(dim=-1))
+    weights = (scores - joint_lse[..., None]).exp()
+    joint = torch.einsum("rhgn,hnd->rhgd", weights, value.to(lse.dtype))
+    joint = joint + (lse - joint_lse).exp()[..., None] * local.view(*lse.shape, -1)
+    return joint.reshape(local.shape), joint_lse.reshape(local_lse.shape)
 
 
 def _attend_tile(
