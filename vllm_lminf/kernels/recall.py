@@ -80,7 +80,9 @@ class LookingQueries:
         pattern, middle, rotation = layer.pattern, layer.middle, layer.rotation
         # The first query that has a middle is at n_global + n_local.
         first = max(first_row, pattern.n_global + pattern.n_local, seq_len - len(query))
-        if middle is None or middle.top_k == 0 or first >= seq_len:
+        if middle is None:
+            raise ValueError("the kernel was made for a layer that recalls nothing")
+        if middle.top_k == 0 or first >= seq_len:
             return None
         wide = torch.promote_types(query.dtype, torch.float32)
         query = query[len(query) - (seq_len - first) :].to(wide)

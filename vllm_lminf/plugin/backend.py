@@ -519,8 +519,11 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
 
     def _layer_config(self, act_dtype: torch.dtype) -> LayerConfig:
         """This layer, its block size as far as it is known."""
+        resolved = LambdaConfig.of(self.engine)
+        # Layers before the first that recalls run the same kernel, and have no archive.
+        middle = resolved.middle if self.pattern == self.model_pattern else None
         return replace(
-            layer_config_of(self.engine, self.pattern),
+            layer_config_of(self.engine, self.pattern, middle, resolved.middle_index),
             heads=Heads(self.num_heads, self.num_kv_heads, self.head_size, act_dtype),
             rules=self.rules,
             cache_dtype=cache_dtype_of(self.kv_cache_dtype, act_dtype) or act_dtype,
