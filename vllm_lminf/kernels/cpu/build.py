@@ -48,7 +48,10 @@ _ROOM = 1 << 24  # bytes that compiling takes, at the most
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2  # of Linux
 _ADVICE = "Set XDG_CACHE_HOME to a folder that is yours alone"
 _STORAGE = {"float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16"}  # of vector.h
-_ENTRY_POINTS = ("lminf_attention", "lminf_write_cache", "lminf_rotate")
+_ENTRY_POINTS = (
+    *("lminf_attention", "lminf_write_cache", "lminf_rotate"),
+    *("lminf_attend_and_recall", "lminf_write_archive"),
+)
 
 
 def load_library(dtype: str) -> ctypes.CDLL:

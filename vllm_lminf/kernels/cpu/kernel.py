@@ -14,12 +14,16 @@ from typing import Any, ClassVar
 import torch
 
 from vllm_lminf.errors import BuildError
-from vllm_lminf.kernels.base import DeviceBatch, Kernel, LayerConfig, PagedCache
+from vllm_lminf.kernels.archive import RecallBatch
+from vllm_lminf.kernels.base import DeviceBatch, Kernel, LayerConfig, PagedCache, Rotation
 from vllm_lminf.kernels.cpu import build
 from vllm_lminf.kernels.host_batch import HostBatch, InverseRotations
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import cdiv
 
 _LANES = 16
+_ALIGNMENT = 64  # bytes, of an archive's pages
+_MAX_INDEXED = 512  # `kMaxCodedSize` of csrc/codes.h
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -68,6 +72,32 @@ class _Layer(ctypes.Structure):
     ]
 
 
+class _Recall(ctypes.Structure):
+    """`LminfRecall` of csrc/interface.h."""
+
+    _fields_: ClassVar = [
+        ("block_table", _POINTER),
+        ("block_table_stride", _INT64),
+        ("slots", _POINTER),
+        ("num_tokens", _INT64),
+        ("first_rows", _POINTER),
+        ("key_cos", _POINTER),
+        ("key_sin", _POINTER),
+        ("query_cos", _POINTER),
+        ("query_sin", _POINTER),
+        ("rotary_half", _INT64),
+        ("top_k", _INT64),
+        ("unit_size", _INT64),
+        ("is_neox_style", _INT32),
+    ]
+
+
+class _Archive(ctypes.Structure):
+    """`LminfArchive` of csrc/interface.h."""
+
+    _fields_: ClassVar = [("pages", _POINTER), ("page_bytes", _INT64), ("block_size", _INT64)]
+
+
 class _Rotation(ctypes.Structure):
     """`LminfRotation` of csrc/interface.h."""
 
@@ -93,8 +123,11 @@ def load(dtype: torch.dtype) -> ctypes.CDLL:
     """
     library = build.load_library(_DTYPES[dtype])
     batch, layer = ctypes.POINTER(_Batch), ctypes.POINTER(_Layer)
+    recall, archive = ctypes.POINTER(_Recall), ctypes.POINTER(_Archive)
     for function, arguments in (
         (library.lminf_attention, (batch, layer)),
+        (library.lminf_attend_and_recall, (batch, layer, recall, archive)),
+        (library.lminf_write_archive, (layer, recall, archive, *(_POINTER, _INT64) * 2)),
         (library.lminf_write_cache, (layer, *(_POINTER, _INT64) * 2, _POINTER, _INT64)),
         (library.lminf_rotate, (_POINTER, _POINTER, ctypes.POINTER(_Rotation))),
     ):
@@ -149,8 +182,67 @@ class CpuBatch:
         self.struct.is_neox_style = inverse.is_neox_style
 
 
+class CpuRecall:
+    """What a batch recalls, as the kernels want it; the same for all layers that share the Λ, the
+    rotation, and what they recall.
+
+    Args:
+        batch: on the CPU.
+        recall: on the CPU.
+        layer: one of the layers, with a middle.
+    """
+
+    def __init__(self, batch: DeviceBatch, recall: RecallBatch, layer: LayerConfig) -> None:
+        middle, rotation = layer.middle, layer.rotation
+        if middle is None:
+            raise ValueError("the layer has no middle to recall")
+        host = HostBatch.of(batch)
+        table, slots, first_rows = recall.block_table, recall.slot_mapping, recall.first_rows
+        tensors = ((table, torch.int32), (slots, torch.int64), (first_rows, torch.int32))
+        for tensor, dtype in tensors:
+            if tensor.dtype != dtype or tensor.device.type != "cpu" or tensor.stride(-1) != 1:
+                raise TypeError(
+                    "the kernels take an archive's batch on the CPU: slots as int64, all else as "
+                    "int32"
+                )
+        num_requests, num_tokens = len(host.seq_lens), int(host.query_start_loc[-1])
+        if len(table) < num_requests or len(first_rows) < num_requests or len(slots) < num_tokens:
+            raise ValueError("block_table, first_rows or slot_mapping lacks some of the batch")
+        self.recall = recall
+        self._keep: list[torch.Tensor] = []
+        self.struct = _Recall(
+            block_table=table.data_ptr(),
+            block_table_stride=table.stride(0),
+            slots=slots.data_ptr(),
+            num_tokens=num_tokens,
+            first_rows=first_rows.data_ptr(),
+            top_k=middle.top_k,
+            unit_size=middle.block_size,
+        )
+        if rotation is not None:
+            self._set_rotations(rotation, host.positions, middle.distance)
+        self.argument = ctypes.byref(self.struct)
+
+    def _set_rotations(self, rotation: Rotation, positions: torch.Tensor, distance: int) -> None:
+        """Keys turn back by their positions, queries on to the distance, or back to it."""
+        key_cos, key_sin = rotation.tables(positions)
+        turn = distance - positions
+        query_cos, query_sin = rotation.tables(turn.abs())
+        sines = -key_sin, torch.where(turn[:, None] < 0, -query_sin, query_sin)
+        angles = [x.contiguous() for x in (key_cos, sines[0], query_cos, sines[1])]
+        self._keep += angles
+        struct = self.struct
+        struct.key_cos, struct.key_sin, struct.query_cos, struct.query_sin = (
+            x.data_ptr() for x in angles
+        )
+        struct.rotary_half = key_cos.shape[1]
+        struct.is_neox_style = rotation.is_neox_style
+
+
 class CpuKernel(Kernel):
     """One layer's kernels: what stays the same from step to step is put together once."""
+
+    recalls = True
 
     @classmethod
     def unsupported_reasons(cls, layer: LayerConfig) -> list[str]:
@@ -172,7 +264,8 @@ class CpuKernel(Kernel):
                 f"it keeps the cache in the model's dtype, not in {_name(layer.cache_dtype)}",
             ),
         )
-        return [reason for applies, reason in table if applies]
+        reasons = [reason for applies, reason in table if applies]
+        return reasons + ([] if layer.middle is None else _middle_reasons(layer, layer.middle))
 
     @classmethod
     def unavailable_reasons(cls, layer: LayerConfig) -> list[str]:
@@ -193,6 +286,8 @@ class CpuKernel(Kernel):
             raise ValueError(f"{heads}: the kernels take multiples of 16 dimensions, and groups")
         library = load(heads.dtype)
         self._attend, self._write = library.lminf_attention, library.lminf_write_cache
+        self._attend_and_recall = library.lminf_attend_and_recall
+        self._write_archive = library.lminf_write_archive
         self._layer = layer
         self._dtype, self._inner_strides = heads.dtype, (heads.head_size, 1)
         self._struct = _Layer(
@@ -214,6 +309,22 @@ class CpuKernel(Kernel):
         # Numbers: they are looked up at every step.
         rotation = () if far is None else (id(far.tables), far.is_neox_style)
         self._batch_key = ("cpu", *astuple(layer.pattern), *rotation)
+        if layer.middle is not None:
+            turned = layer.rotation
+            rotation = () if turned is None else (id(turned.tables), turned.is_neox_style)
+            self._recall_key = ("cpu recall", *astuple(layer.middle), *rotation)
+            self._page_bytes = layer.archive_format.page_bytes
+            self._archive = _Archive(page_bytes=self._page_bytes, block_size=layer.block_size)
+            self._archive_argument = ctypes.byref(self._archive)
+
+    def temporary_bytes(self, num_tokens: int, max_requests: int) -> int:
+        """Of the units that queries recall; with them come some for each thread."""
+        middle, heads = self._layer.middle, self._layer.heads
+        if middle is None:
+            return 0
+        lists = heads.num_heads if middle.block_size == 1 else heads.num_kv_heads
+        rows = min(num_tokens, max_requests * middle.rows)
+        return rows * lists * (middle.top_k * torch.int32.itemsize + torch.int64.itemsize)
 
     def write_cache(
         self,
@@ -235,6 +346,48 @@ class CpuKernel(Kernel):
     def attend(
         self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
     ) -> None:
+        self._attend(self._prepare(query, cache, batch, output).argument, self._argument)
+
+    def write_archive(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        archive: torch.Tensor,
+        batch: DeviceBatch,
+        recall: RecallBatch,
+    ) -> None:
+        told = self._told(batch, recall)
+        self._point_to_archive(archive)
+        self._write_archive(
+            self._argument,
+            told.argument,
+            self._archive_argument,
+            *self._rows(key),
+            *self._rows(value),
+        )
+
+    def attend_and_recall(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        batch: DeviceBatch,
+        archive: torch.Tensor,
+        recall: RecallBatch,
+        output: torch.Tensor,
+    ) -> None:
+        told = self._told(batch, recall)
+        self._point_to_archive(archive)
+        self._attend_and_recall(
+            self._prepare(query, cache, batch, output).argument,
+            self._argument,
+            told.argument,
+            self._archive_argument,
+        )
+
+    def _prepare(
+        self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
+    ) -> CpuBatch:
+        """Points to this step's rows, and describes its batch if no layer has done so."""
         told: CpuBatch | None = batch.shared.get(self._batch_key)
         if told is None:
             told = batch.shared[self._batch_key] = CpuBatch(batch, self._layer)
@@ -243,7 +396,25 @@ class CpuKernel(Kernel):
         struct = self._struct
         struct.query, struct.query_stride = self._rows(query)
         struct.output, struct.output_stride = self._rows(output)
-        self._attend(told.argument, self._argument)
+        return told
+
+    def _told(self, batch: DeviceBatch, recall: RecallBatch) -> CpuRecall:
+        """What is recalled, described if no layer has done so."""
+        told: CpuRecall | None = batch.shared.get(self._recall_key)
+        if told is None or told.recall is not recall:
+            told = batch.shared[self._recall_key] = CpuRecall(batch, recall, self._layer)
+        return told
+
+    def _point_to_archive(self, archive: torch.Tensor) -> None:
+        stride = archive.stride()
+        if archive.dtype != torch.uint8 or stride[1:] != (1,):
+            raise ValueError(f"{archive.dtype} with strides {stride}: an archive is rows of bytes")
+        if archive.shape[1] != self._page_bytes or (archive.data_ptr() | stride[0]) % _ALIGNMENT:
+            raise ValueError(
+                f"pages of {archive.shape[1]} bytes, {stride[0]} apart, at {archive.data_ptr():#x}:"
+                f" the kernels take {self._page_bytes} bytes, aligned to {_ALIGNMENT}"
+            )
+        self._archive.pages, self._archive.page_bytes = archive.data_ptr(), stride[0]
 
     def _point_to(self, cache: PagedCache) -> None:
         """Takes a cache in which a head's keys and values lie as `PagedCache.of` sees them."""
@@ -266,6 +437,26 @@ class CpuKernel(Kernel):
                 "heads next to each other"
             )
         return x.data_ptr(), stride[0]
+
+
+def _middle_reasons(layer: LayerConfig, middle: Middle) -> list[str]:
+    """Why the kernels don't recall a layer's middle."""
+    rules, head_size = layer.rules, layer.heads.head_size
+    table = (
+        (rules.alibi_slopes is not None, "it recalls no middle under ALiBi"),
+        (rules.sinks is not None, "it recalls no middle beside attention sinks"),
+        (layer.index_bits != 8, f"its index of the middle has 8 bits, not {layer.index_bits}"),
+        (
+            middle.block_size > 1 and middle.block_size % _LANES != 0,
+            "it recalls single tokens, or blocks of a multiple of 16 tokens, not of "
+            f"{middle.block_size}",
+        ),
+        (
+            head_size > _MAX_INDEXED,
+            f"it recalls keys of up to {_MAX_INDEXED} dimensions, not of {head_size}",
+        ),
+    )
+    return [reason for applies, reason in table if applies]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -25,6 +25,8 @@
 
 #include "cache.h"
 #include "interface.h"
+#include "ranges.h"
+#include "recall.h"
 #include "rotary.h"
 #include "threads.h"
 #include "vector.h"
@@ -36,8 +38,6 @@ constexpr int kStepGroups = 16;                // groups of 16 keys in a step
 constexpr int kStep = kStepGroups * kLanes;
 constexpr int64_t kPart = 2 * kStep;           // keys in a part of a split
 constexpr int64_t kSplitQueries = 8;           // requests with more queries aren't split
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // Vectors that share a broadcast. Sums fill most of the registers, 24 of 32 with AVX-512 and 12 of
 // 16 with AVX2, so that as many additions are under way as a core can take.
@@ -150,25 +150,6 @@ struct RowKernels {
   }
 };
 
-// Calls function(std::integral_constant<int, rows>) for a number of rows known at run time.
-template <typename Function>
-void with_rows(int64_t rows, Function&& function) {
-  switch (rows) {
-    case 1: function(std::integral_constant<int, 1>()); break;
-    case 2: function(std::integral_constant<int, 2>()); break;
-    case 3: function(std::integral_constant<int, 3>()); break;
-    case 4: function(std::integral_constant<int, 4>()); break;
-    case 5: function(std::integral_constant<int, 5>()); break;
-    default: function(std::integral_constant<int, 6>()); break;
-  }
-}
-
-// Positions [begin, end).
-struct Interval {
-  int64_t begin;
-  int64_t end;
-};
-
 struct Unit {
   int64_t request;
   int64_t kv_head;
@@ -226,6 +207,18 @@ class UnitWorker {
       part[0] = maximum_[row];
       part[1] = sum_[row];
       std::copy_n(&output_[row * head_size], head_size, part + 2);
+    }
+  }
+
+  // Adds the keys of the middle that the unit's queries recall.
+  void add_recalled(const Recalled<T>& recalled) {
+    recalled_row_.resize(layer_.head_size);
+    for (int64_t row = 0; row < num_rows_; ++row) {
+      const int64_t query = row / group_size_;
+      const RecalledState state = recalled.attend(
+          unit_->request, position(query), unit_->first_token + query,
+          unit_->kv_head * group_size_ + row % group_size_, recalled_row_.data());
+      add(row, state.maximum, state.sum, recalled_row_.data());
     }
   }
 
@@ -511,7 +504,7 @@ class UnitWorker {
   int64_t num_rows_ = 0;
 
   std::vector<Operand> query_;
-  std::vector<float> output_, maximum_, sum_, turned_row_, lanes_;
+  std::vector<float> output_, maximum_, sum_, turned_row_, recalled_row_, lanes_;
   std::vector<Interval> visible_;
   std::vector<Stored> stationary_keys_, edge_values_[2];
   const Stored* keys_[kStepGroups];
@@ -557,7 +550,8 @@ inline std::vector<Unit> plan(const LminfBatch& batch, const LminfLayer& layer) 
 }
 
 template <typename T>
-void attention(const LminfBatch& batch, const LminfLayer& layer) {
+void attention(const LminfBatch& batch, const LminfLayer& layer,
+               const Recalled<T>* recalled = nullptr) {
   const std::vector<Unit> units = plan(batch, layer);
   const int64_t group_size = layer.num_heads / layer.num_kv_heads;
   int64_t num_splits = 0, max_parts = 0, max_rows = 0;
@@ -583,6 +577,7 @@ void attention(const LminfBatch& batch, const LminfLayer& layer) {
         if (finished[unit.split].fetch_add(1) + 1 < unit.num_parts) continue;
         worker.join(parts, unit.num_parts, part_size);
       }
+      if (recalled != nullptr) worker.add_recalled(*recalled);
       worker.write_output();
     }
   });

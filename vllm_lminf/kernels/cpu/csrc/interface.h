@@ -1,4 +1,4 @@
-// What Python hands over: one structure a step, one a layer. `cpu.py` mirrors both.
+// What Python hands over: one structure a step, one a layer. `kernel.py` mirrors them.
 
 #pragma once
 
@@ -53,6 +53,42 @@ void lminf_attention(const LminfBatch* batch, const LminfLayer* layer);
 void lminf_write_cache(const LminfLayer* layer, const void* key, int64_t key_stride,
                        const void* value, int64_t value_stride, const int64_t* slots,
                        int64_t num_tokens);
+
+// What a step recalls of the middle; the same for every layer that shares the Λ, the rotation and
+// what is recalled.
+struct LminfRecall {
+  const int32_t* block_table;  // [num_requests, block_table_stride], of the archive
+  int64_t block_table_stride;
+  const int64_t* slots;  // [num_tokens] in the archive
+  int64_t num_tokens;
+  const int32_t* first_rows;  // [num_requests]: the position from which on queries look
+  // Rotations, of no dimensions where the model rotates nothing. They turn a token's key back by its
+  // position, its query to the distance at which the middle is scored.
+  const float* key_cos;  // [num_tokens, rotary_half]
+  const float* key_sin;
+  const float* query_cos;
+  const float* query_sin;
+  int64_t rotary_half;
+  int64_t top_k;      // units
+  int64_t unit_size;  // 1, or a multiple of 16
+  int32_t is_neox_style;
+};
+
+// The archive of a layer, see `archive.h`.
+struct LminfArchive {
+  void* pages;
+  int64_t page_bytes;
+  int64_t block_size;  // positions of a page; a multiple of 16
+};
+
+// As `lminf_attention`; the queries that look also attend to the best units of their middle.
+void lminf_attend_and_recall(const LminfBatch* batch, const LminfLayer* layer,
+                             const LminfRecall* recall, const LminfArchive* archive);
+
+// key and value: as in `lminf_write_cache`; they go to the recall's slots.
+void lminf_write_archive(const LminfLayer* layer, const LminfRecall* recall,
+                         const LminfArchive* archive, const void* key, int64_t key_stride,
+                         const void* value, int64_t value_stride);
 
 // The rotation of a step's queries and keys; the same for every layer that shares it.
 struct LminfRotation {
