@@ -29,6 +29,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_lminf.errors import SettingsError, UnsupportedError
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import patches, register, versions
 from vllm_lminf.plugin.checks import _select, check
@@ -635,6 +636,22 @@ class TestMiddle:
         drafter = {"method": "draft_model", "model": build.model, "num_speculative_tokens": 2}
         with pytest.raises(UnsupportedError, match="method 'draft_model': a drafter with a KV"):
             self.recalling(build, {}, speculative_config=drafter)
+
+    @pytest.mark.parametrize("kernel", ["auto", "reference"])
+    @pytest.mark.parametrize("arguments", [{}, {"speculative_config": NGRAM}], ids=str)
+    def test_served(self, kernel: str, arguments: dict[str, Any], build: Build) -> None:
+        config = self.recalling(build, {"kernel": kernel}, **arguments)
+        assert LambdaConfig.of(config).middle == Middle(5, 4096, rows=64, from_layer=5)
+
+    def test_alibi(self, build: Build, tmp_path: Path) -> None:
+        configuration = transformers.BloomConfig(n_layer=6)
+        configuration.architectures = ["BloomForCausalLM"]
+        configuration.save_pretrained(tmp_path)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(Path(build.model) / name, tmp_path)
+        settings = {"n_local": 64, "middle_distance": 32}
+        with pytest.raises(UnsupportedError, match="and ALiBi: at which distance"):
+            self.recalling(Build(str(tmp_path)), settings)
 
     def test_settings_without_effect(self, build: Build, said: list[str]) -> None:
         """Told by name, once."""

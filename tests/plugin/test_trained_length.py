@@ -6,6 +6,7 @@ Configurations of tiny models; no weights and no engine.
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import register
 from vllm_lminf.plugin.config import LambdaConfig
-from vllm_lminf.plugin.trained_length import Trained, distances_beyond
+from vllm_lminf.plugin.trained_length import Trained, distances_beyond, layers_with_windows
 
 LENGTH, WINDOW = 64, 24
 _SHAPE = {
@@ -225,3 +226,27 @@ class TestDistancesBeyond:
 
     def test_nothing_is_known(self) -> None:
         assert not list(distances_beyond(Trained(None, None), LambdaPattern(1, 9, 9), None))
+
+
+class TestLayersWithWindows:
+    """What `vllm_lminf.plugin.checks` asks before any layer is there."""
+
+    def of(self, everywhere: int | None = None, **config: Any) -> set[int]:
+        text_config = SimpleNamespace(num_hidden_layers=4, **config)
+        model: Any = SimpleNamespace(
+            hf_text_config=text_config, get_total_num_hidden_layers=lambda: 4
+        )
+        return layers_with_windows(model, everywhere)
+
+    def test_all(self) -> None:
+        assert self.of(512) == {0, 1, 2, 3}
+
+    def test_some(self) -> None:
+        types = ["sliding_attention", "full_attention"] * 2
+        assert self.of(layer_types=types, sliding_window=512) == {0, 2}
+
+    def test_none(self) -> None:
+        """A window that no layer is said to have, and types without a window."""
+        assert self.of(sliding_window=512) == set()
+        assert self.of(layer_types=["sliding_attention"] * 4, sliding_window=None) == set()
+        assert self.of() == set()

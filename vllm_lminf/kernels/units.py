@@ -26,18 +26,19 @@ def best_units(
         bool [num_heads, num_queries, num_keys].
     """
     num_keys, size = products.shape[-1], middle.block_size
-    before = first_key % size
-    padding = (before, -(before + num_keys) % size)
-    ranks = F.pad(products.masked_fill(~looking, -torch.inf), padding, value=-torch.inf)
-    ranks = ranks.unflatten(-1, (-1, size)).amax(dim=-1)
+    ranks, before = products.masked_fill(~looking, -torch.inf), first_key % size
     if size > 1:
-        shared = ranks.unflatten(0, (-1, group_size)).amax(dim=1)
+        padding = (before, -(before + num_keys) % size)
+        blocks = F.pad(ranks, padding, value=-torch.inf).unflatten(-1, (-1, size)).amax(dim=-1)
+        shared = blocks.unflatten(0, (-1, group_size)).amax(dim=1)
         ranks = shared.repeat_interleave(group_size, dim=0)
     # What a stable sort would have first, for less: of units as good as the last one that is
     # recalled, those at lower positions.
     top_k = min(middle.top_k, ranks.shape[-1])
     least = ranks.topk(top_k).values[..., -1:] if top_k > 0 else torch.inf
     better, equal = ranks > least, ranks == least
-    chosen = better | (equal & (equal.cumsum(-1) <= top_k - better.sum(-1, keepdim=True)))
-    keys = chosen.repeat_interleave(size, dim=-1)
-    return keys[..., before : before + num_keys] & looking
+    num_equal = top_k - better.sum(-1, keepdim=True)
+    chosen = better | (equal & (equal.cumsum(-1, dtype=torch.int32) <= num_equal))
+    if size > 1:
+        chosen = chosen.repeat_interleave(size, dim=-1)[..., before : before + num_keys]
+    return chosen & looking
