@@ -12,6 +12,9 @@ from vllm_lminf.pattern import MAX_POSITION, shown
 ALL_ROWS = MAX_POSITION
 """As `Middle.rows`: every query looks."""
 
+INDEX_BITS = (8,)
+"""Bits an element that the index of an archive can have, see `vllm_lminf.kernels.archive`."""
+
 
 @dataclass(frozen=True)
 class Middle:

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-INDEX_BITS = (8,)
-"""Bits an element that the index of an archive can have."""
-
 
 @dataclass(frozen=True)
 class ArchiveFormat:

@@ -16,8 +16,7 @@ from typing import Any, Self
 
 from vllm_lminf.errors import SettingsError
 from vllm_lminf.kernels import registry
-from vllm_lminf.kernels.archive import INDEX_BITS
-from vllm_lminf.middle import ALL_ROWS, Middle
+from vllm_lminf.middle import ALL_ROWS, INDEX_BITS, Middle
 from vllm_lminf.pattern import MAX_POSITION, LambdaPattern, shown
 
 BACKEND_NAME = "LMINF"

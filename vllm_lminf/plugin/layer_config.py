@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_lminf.kernels.archive import INDEX_BITS
 from vllm_lminf.kernels.base import FlashAttentionProvider, Heads, LayerConfig, ScoreRules
-from vllm_lminf.middle import Middle
+from vllm_lminf.middle import INDEX_BITS, Middle
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin import versions
 
