@@ -2,7 +2,7 @@
 whole.
 
 vLLM is loaded as an engine would load it, each part in a process of its own: a part that dies
-takes nothing with it. Nothing is installed or removed.
+takes nothing with it. Nothing is installed or removed, but for the metadata that ``--fix`` writes.
 """
 
 from __future__ import annotations

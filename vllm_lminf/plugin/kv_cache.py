@@ -280,8 +280,9 @@ def advice(config: VllmConfig, specs: Sequence[Specs], available_memory: Sequenc
         else "no n_local fits with this n_global and so many tokens at once: lower the latter"
     )
     return (
-        f"With {BACKEND_NAME} a request takes no more memory the longer it gets, so a smaller "
-        "max_model_len hardly helps. What a request holds follows from n_local, which is "
+        f"With {BACKEND_NAME} a request takes no more memory the longer it gets: a smaller "
+        "max_model_len helps only below n_local and --max-num-batched-tokens together. What a "
+        "request holds follows from n_local, which is "
         f"{n_local}, n_global, and --max-num-batched-tokens, which is "
         f"{config.scheduler_config.max_num_batched_tokens}: {smaller}."
     )

@@ -58,7 +58,7 @@ def test_names_an_n_local_that_fits(path: Path) -> None:
     with pytest.raises(ValueError, match="needed, which is larger than the available") as refusal:
         core.get_kv_cache_configs(config, [layers(N_LOCAL)], [memory(50)])
     said = str(refusal.value)
-    assert "a smaller max_model_len hardly helps" in said
+    assert "a smaller max_model_len helps only below n_local and" in said
     assert f"which is {N_LOCAL}, n_global, and --max-num-batched-tokens, which is {CHUNK}" in said
     n_local = int(re.findall("n_local ([0-9]+) fits", said)[0])
     assert 16 <= n_local < N_LOCAL
