@@ -191,6 +191,18 @@ def lminf_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def without_recall(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of plain LMINF."""
+    return {k: v for k, v in settings.items() if not k.startswith(RECALL_SETTINGS)}
+
+
+def settings_of(system: System, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a system's settings of LMINF; None where it runs without."""
+    if system == "middle":
+        return dict(settings)
+    return without_recall(settings) if system == "lminf" else None
+
+
 def check_arguments(args: argparse.Namespace, systems: Sequence[System]) -> None:
     """Refuse what can be seen to be wrong before anything slow begins; make the output folder."""
     problems = list(problems_of_paths(args.model))
@@ -230,15 +242,15 @@ def asking_job(
     if facts is None:
         url = f"{args.url.rstrip('/').removesuffix('/v1')}/v1"
         return AskingJob(model, args.max_num_seqs, url=url, served_model=args.served_model)
-    plain = {k: v for k, v in settings.items() if not k.startswith(RECALL_SETTINGS)}
-    lminf = {"lminf": plain, "middle": dict(settings)}.get(system)
-    overrides, window = {}, None
+    lminf = settings_of(system, settings)
+    overrides: dict[str, int] = {}
+    window = None
     if lminf is not None:
         check_settings(lminf, facts.trained_length)
     else:
         overrides = longer_rope(longest, facts.trained_length)
     if system == "window":
-        window = read_settings(plain).n_local or facts.trained_length
+        window = read_settings(without_recall(settings)).n_local or facts.trained_length
         if window is None:
             raise CliError("the model's config names no trained length: give --n-local")
         overrides["sliding_window"] = window

@@ -111,11 +111,10 @@ class PromptBuilder:
         self._round = sum(map(len, self._sentences))
         self._exact: dict[int, list[list[int]]] = {0: []}
         for total in range(1, LAST_ROUNDS * self._round):
-            for sentence in self._sentences:
-                before = self._exact.get(total - len(sentence))
-                if before is not None:
-                    self._exact[total] = [*before, sentence]
-                    break
+            fitting = [one for one in self._sentences if total - len(one) in self._exact]
+            if fitting:
+                rarest = min(fitting, key=lambda one: self._exact[total - len(one)].count(one))
+                self._exact[total] = [*self._exact[total - len(rarest)], rarest]
 
     def prompt(self, cell: Cell) -> list[int]:
         """Return the tokens of a cell's prompt, ``ANSWER_TOKENS`` fewer than its length.
