@@ -47,7 +47,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
         for number, (length, depth, key) in enumerate(job["cells"]):
             if system == "window" and number == 2:
                 raise CliError("it ended with status -9")
-            lost = system == "lminf" and length == 4096 and depth == 0
+            lost = system == "lminf" and length == 4096 and depth < 0.3
             text = " the grass" if lost else f" {key}. Re"
             on_event({"event": "answer", "cell": [length, depth, key], "text": text})
         return None
@@ -90,7 +90,7 @@ def test_everything_is_written_and_shown(
     data = json.loads((tmp_path / "out/passkey.json").read_text(encoding="utf-8"))
     assert data["command"].startswith("vllm-lminf eval passkey --model ")
     assert data["settings"]["full"]["dtype"] == "bfloat16"
-    row = {"system": "lminf", "length": 4096, "depth": 0.0, "found": 0, "asked": 2}
+    row = {"system": "lminf", "length": 4096, "depth": 0.1667, "found": 0, "asked": 2}
     assert any(row.items() <= cell.items() for cell in data["cells"])
     assert len(read_lines(tmp_path)) == 2 + 2 * 12
 

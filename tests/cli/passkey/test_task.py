@@ -99,8 +99,8 @@ def test_keys_depend_on_their_own_place_alone() -> None:
 
 def test_depths_are_even() -> None:
     assert even_depths(1) == [0.5]
-    assert even_depths(3) == [0.0, 0.5, 1.0]
-    assert even_depths(10)[:2] == [0.0, 0.1111]
+    assert even_depths(3) == [0.1667, 0.5, 0.8333]
+    assert even_depths(10)[:2] == [0.05, 0.15]
 
 
 def test_a_length_without_room_is_refused(trained: Tokenizer) -> None:

@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of prompt and answer together, such as 4096 8192",
     )
     for name, default, text in (
-        ("depths", 10, "places of the key, evenly from the beginning to the end"),
+        ("depths", 10, "places of the key, the middles of as many equal parts of the text"),
         ("keys", 10, "keys for each length and depth"),
         ("seed", 0, "of the keys"),
         ("max-num-seqs", 4, "requests that run at once; on a CPU the KV cache holds as many"),

@@ -163,11 +163,12 @@ def draw(outcome: Outcome, system: System, path: Path) -> None:
         [share.mean if (share := shares.get((n, depth))) else nothing for n in lengths]
         for depth in depths
     ]
-    image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(grid, cmap="RdYlBu", vmin=0, vmax=1, aspect="auto")
     for row, values in enumerate(grid):
         for column, value in enumerate(values):
             text = "" if value != value else f"{value:.2f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=9)
+            color = "white" if value in (0, 1) else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
     axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set(xlabel="length, tokens", ylabel="depth of the key", title=LABELS[system])

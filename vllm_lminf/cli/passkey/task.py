@@ -70,10 +70,12 @@ class Tokenizer(Protocol):
 
 
 def even_depths(count: int) -> list[float]:
-    """Return so many depths from 0 to 1; a single one is the middle."""
-    if count == 1:
-        return [0.5]
-    return [round(index / (count - 1), 4) for index in range(count)]
+    """Return the middles of so many equal parts of the text.
+
+    Neither end is among them: directly before the question the key is what small models repeat
+    last, however they attend.
+    """
+    return [round((index + 0.5) / count, 4) for index in range(count)]
 
 
 def cells_of(
