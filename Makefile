@@ -59,7 +59,7 @@ $(VLLM_CUDA)/vllm/__init__.py: requirements-vllm-cuda.txt tools/vllm_cuda_source
 	$(BIN)/python tools/vllm_cuda_sources.py --output $(VLLM_CUDA) -- $(PIP_ARGS)
 
 demo: venv model  ## compare full attention and LM-Infinite on a book, far past the trained length
-	$(BIN)/vllm-lminf eval --model $(MODEL) --text $(TEXT) --output $(DEMO)
+	$(BIN)/vllm-lminf eval nll --model $(MODEL) --text $(TEXT) --output $(DEMO)
 
 # What other compilers and other CPUs the kernels for CPUs are tested with, where Debian or Ubuntu
 # have them; a test whose compiler is missing is skipped, and says which.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vllm_lminf import __version__
+from vllm_lminf.cli.eval import with_measure
 from vllm_lminf.cli.main import build_parser, main
 
 HEAVY = ("vllm", "torch", "transformers", "matplotlib", "rich", "numpy")
@@ -15,7 +16,9 @@ HEAVY = ("vllm", "torch", "transformers", "matplotlib", "rich", "numpy")
 @pytest.mark.parametrize(
     ("command", "option"),
     [
-        ("eval", "--distance-limit"),
+        ("eval", "passkey"),
+        ("eval nll", "--distance-limit"),
+        ("eval passkey", "--depths"),
         ("doctor", "--fix"),
     ],
 )
@@ -42,9 +45,26 @@ def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_options_of_eval() -> None:
-    args = build_parser().parse_args(["eval", "--model", "m", "--text", "t", "--output", "o"])
+    words = ["eval", "nll", "--model", "m", "--text", "t", "--output", "o"]
+    args = build_parser().parse_args(words)
     assert (args.n_global, args.n_local, args.distance_limit) == (None, None, None)
     assert (args.engines, args.lengths, args.chunk) == ("full,lminf", None, 2048)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("eval --model m", "eval nll --model m"),
+        ("eval nll --model m", "eval nll --model m"),
+        ("eval passkey --model m", "eval passkey --model m"),
+        ("eval --help", "eval --help"),
+        ("eval", "eval"),
+        ("doctor --fix", "doctor --fix"),
+        ("--version", "--version"),
+    ],
+)
+def test_eval_alone_means_nll(given: str, meant: str) -> None:
+    assert with_measure(given.split()) == meant.split()
 
 
 def test_every_problem_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,268 +1,30 @@
-"""Score a text with full attention and with LMINF, side by side, at growing lengths.
+"""Measure what LMINF does to a model, beside other attention.
 
-Each engine is a real vLLM engine in a process of its own, one after the other. Every token of the
-text is scored once; after each length a few tokens are generated. Written to the output folder:
-lminf.png, results.json and the engines' logs.
+nll, the log-loss of a text, is what is measured where neither is named.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import os
 from collections.abc import Sequence
-from dataclasses import asdict
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from vllm_lminf.cli.child import run_child
-from vllm_lminf.cli.lengths import choose_lengths, parse_lengths
-from vllm_lminf.cli.model_facts import FactsJob, ModelFacts
-from vllm_lminf.cli.report import (
-    LABELS,
-    Evaluation,
-    print_table,
-    serve_command,
-    write_results,
-)
-from vllm_lminf.cli.scoring_job import ENGINE_NAMES, EngineName, ScoringJob, ScoringResult
-from vllm_lminf.errors import CliError, SettingsError
-from vllm_lminf.plugin.config import BACKEND_NAME, BACKEND_VARIABLE, SECTION, Settings
+from vllm_lminf.cli import nll
+from vllm_lminf.cli.commands import add_commands
+from vllm_lminf.cli.passkey import command as passkey
 
-if TYPE_CHECKING:
-    pass
+HELP = "measure a model with LMINF beside other attention: log-loss of a text, or passkeys found"
 
-HELP = "score a long text with full attention and with LMINF, side by side"
-
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-SETTINGS = ("n_global", "n_local", "distance_limit")
-RECORDED_VARIABLES = ("VLLM_CPU_", "VLLM_LMINF_", "OMP_")
-"""Environment variables that change the figures, by how their names start."""
-
-EXTRA_POOL = 1.25
-EXTRA_BLOCK_TOKENS = 512
+MEASURES = {"nll": nll, "passkey": passkey}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``eval``."""
-    parser.add_argument("--model", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file to score")
-    parser.add_argument("--output", type=Path, required=True, help="folder for what is written")
-    parser.add_argument(
-        "--lengths",
-        help="tokens, with commas between (default: 1/4, 1/2, 1, 3/2 and 2 times the trained "
-        "length, as far as the text goes)",
-    )
-    parser.add_argument(
-        "--engines",
-        default=",".join(ENGINE_NAMES),
-        help="which to run, in order (default: %(default)s)",
-    )
-    for name, text in (
-        ("n-global", "first tokens that stay visible"),
-        ("n-local", "tokens in the window, a token's own included"),
-        ("distance-limit", "no pair is scored further apart, in tokens"),
-    ):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"LMINF setting: {text}")
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=DTYPES, help="of the model (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--chunk",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="tokens prefilled in one step (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--decode-tokens",
-        type=int,
-        default=16,
-        metavar="N",
-        help="tokens generated after each length (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="let vLLM compile the model (default: not on a CPU, where it takes minutes)",
-    )
+    """Add what can be measured."""
+    add_commands(parser, MEASURES, "MEASURE")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the evaluation; raises ``CliError`` for what the user can put right."""
-    engines = parse_engines(args.engines)
-    asked = parse_lengths(args.lengths) if args.lengths else None
-    check_arguments(args)
-    from rich.console import Console
-
-    from vllm_lminf.cli.plot import draw
-    from vllm_lminf.cli.progress import display
-
-    console = Console()
-    environ = dict(os.environ)
-    console.print(f"Reading {args.model} and {args.text} ...", highlight=False)
-    facts = read_facts(args, environ)
-    given = {name: getattr(args, name) for name in SETTINGS}
-    settings = {name: value for name, value in given.items() if value is not None}
-    if "lminf" in engines:
-        check_settings(settings, facts.trained_length)
-    lengths = choose_lengths(
-        asked, trained_length=facts.trained_length, text_tokens=len(facts.token_ids)
-    )
-    labels = [LABELS[engine] for engine in engines]
-    results: dict[EngineName, ScoringResult] = {}
-    with display(console, labels, max(lengths)) as shown:
-        for engine in engines:
-            job = scoring_job(engine, args, facts, lengths, settings)
-            results[engine] = run_engine(job, environ, args.output, shown.show)
-            shown.finish(LABELS[engine])
-    evaluation = Evaluation(
-        model=str(args.model),
-        text=str(args.text),
-        text_tokens=len(facts.token_ids),
-        trained_length=facts.trained_length,
-        lengths=lengths,
-        settings={
-            "lminf": settings,
-            "dtype": args.dtype,
-            "chunk": args.chunk,
-            "decode_tokens": args.decode_tokens,
-        },
-        environment={k: v for k, v in environ.items() if k.startswith(RECORDED_VARIABLES)},
-        results=results,
-    )
-    write_results(evaluation, args.output / "results.json")
-    draw(evaluation, args.output / "lminf.png")
-    print_table(console, evaluation)
-    for line in (
-        f"Written: {args.output / 'lminf.png'}, {args.output / 'results.json'}",
-        "Serve this model with LMINF:",
-        serve_command(evaluation.model, settings),
-    ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return 0
-
-
-def parse_engines(text: str) -> list[EngineName]:
-    """Return the engines in ``full,lminf``, each once, in the order given."""
-    names = list(dict.fromkeys(text.split(",")))
-    known = {name: name for name in ENGINE_NAMES}
-    try:
-        return [known[name] for name in names]  # type: ignore[index]
-    except KeyError as error:
-        raise CliError(
-            f"--engines {text}: {error.args[0]!r} is not one of {', '.join(ENGINE_NAMES)}"
-        ) from None
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what can be seen to be wrong before anything slow begins; make the output folder."""
-    problems = []
-    if not (args.model / "config.json").is_file():
-        problems.append(f"--model {args.model}: no checkpoint there (it has no config.json)")
-    if not args.text.is_file():
-        problems.append(f"--text {args.text}: no such file")
-    else:
-        try:
-            args.text.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            problems.append(f"--text {args.text}: not UTF-8 text")
-    if args.chunk < 1:
-        problems.append(f"--chunk {args.chunk}: it must be 1 or more")
-    if args.decode_tokens < 2:
-        problems.append(f"--decode-tokens {args.decode_tokens}: it must be 2 or more")
-    if find_spec("matplotlib") is None:
-        problems.append("matplotlib is not installed: pip install 'matplotlib>=3.9,<4'")
-    if problems:
-        raise CliError("\n".join(problems))
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CliError(f"--output {args.output}: {error.strerror}") from error
-
-
-def check_settings(settings: dict[str, int], trained_length: int | None) -> None:
-    """Refuse settings that LMINF would refuse, before the other engine has run for minutes."""
-    try:
-        Settings.read({SECTION: settings}, os.environ).pattern(trained_length)
-    except SettingsError as error:
-        raise CliError(str(error)) from error
-
-
-def read_facts(args: argparse.Namespace, environ: dict[str, str]) -> ModelFacts:
-    """Ask a child process about the model and the text."""
-    job = FactsJob(model=str(args.model), text=str(args.text), dtype=args.dtype)
-    data = run_child(
-        "vllm_lminf.cli.model_facts",
-        asdict(job),
-        env=engine_environment("full", environ),
-        log_path=args.output / "model.log",
-        on_event=lambda event: None,
-    )
-    return ModelFacts(**data)
-
-
-def scoring_job(
-    engine: EngineName,
-    args: argparse.Namespace,
-    facts: ModelFacts,
-    lengths: Sequence[int],
-    settings: dict[str, int],
-) -> ScoringJob:
-    """Return the work of one engine.
-
-    Full attention past the trained length needs a longer RoPE table, which vLLM sizes by
-    ``max_position_embeddings``; without it, it reads past the table's end. LMINF needs no such
-    help. The pool has room for the whole text and for every decode request's own blocks, so that
-    nothing is evicted.
-    """
-    longest = max(lengths)
-    end = longest + args.decode_tokens
-    stretched = engine == "full" and end > (facts.trained_length or math.inf)
-    pool_tokens = int(longest * EXTRA_POOL) + len(lengths) * (
-        args.decode_tokens + EXTRA_BLOCK_TOKENS
-    )
-    return ScoringJob(
-        engine=engine,
-        model=str(args.model),
-        dtype=args.dtype,
-        token_ids=facts.token_ids[:longest],
-        lengths=list(lengths),
-        chunk=args.chunk,
-        decode_tokens=args.decode_tokens,
-        kv_cache_bytes=pool_tokens * facts.kv_bytes_per_token,
-        compile=args.compile,
-        hf_overrides={"max_position_embeddings": end} if stretched else {},
-        lminf=settings if engine == "lminf" else {},
-    )
-
-
-def engine_environment(engine: EngineName, environ: dict[str, str]) -> dict[str, str]:
-    """Return the environment that selects ``engine``, and lets the job size the KV cache.
-
-    The engine runs inside the child itself. As processes of their own, vLLM's scheduler would take
-    a core from the model, or fight with it for one: on two cores that halves either engine's speed.
-    """
-    dropped = {BACKEND_VARIABLE, "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_CPU_KVCACHE_SPACE"}
-    env = {name: value for name, value in environ.items() if name not in dropped}
-    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if engine == "lminf":
-        env[BACKEND_VARIABLE] = BACKEND_NAME
-    return env
-
-
-def run_engine(job: ScoringJob, environ: dict[str, str], output: Path, show: Any) -> ScoringResult:
-    """Run one engine to its end and return what it measured."""
-    label = LABELS[job.engine]
-    try:
-        data = run_child(
-            "vllm_lminf.cli.scoring",
-            asdict(job),
-            env=engine_environment(job.engine, environ),
-            log_path=output / f"{job.engine}.log",
-            on_event=lambda event: show(label, event),
-        )
-    except CliError as error:
-        raise CliError(f"the {label} engine stopped: {error}") from None
-    return ScoringResult.from_json(data)
+def with_measure(argv: Sequence[str]) -> list[str]:
+    """``eval --model ..`` as ``eval nll --model ..``: what it meant while there was no other."""
+    words = list(argv)
+    if words[:1] == ["eval"] and words[1:2] and words[1].startswith("-"):
+        return words if words[1] in ("-h", "--help") else ["eval", "nll", *words[1:]]
+    return words

@@ -1,51 +1,42 @@
-"""Entry point of ``vllm-lminf``: reads the arguments and hands over to a subcommand.
-
-A subcommand is a module with ``HELP``, ``add_arguments(parser)`` and ``run(args)``. These modules
-import only the standard library at their top, so that ``--help`` answers at once and needs no
-vLLM.
-"""
+"""Entry point of ``vllm-lminf``: reads the arguments and hands over to a command."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 
 from vllm_lminf import __version__
 from vllm_lminf.cli import doctor as doctor_command
 from vllm_lminf.cli import eval as eval_command
+from vllm_lminf.cli.commands import add_commands
 from vllm_lminf.errors import CliError
 
-COMMANDS: dict[str, ModuleType] = {
+COMMANDS = {
     "eval": eval_command,
     "doctor": doctor_command,
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser with every subcommand added."""
+    """Return the parser with every command added."""
     parser = argparse.ArgumentParser(
         prog="vllm-lminf",
         description="LM-Infinite attention for vLLM: measure what it does to your model.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name,
-            help=command.HELP,
-            description=command.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+    add_commands(parser, COMMANDS, "COMMAND")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0 done, 1 refused, 130 interrupted."""
-    args = build_parser().parse_args(argv)
+    """Run the command line and return its exit status: 0 done, 1 refused or failed, 130
+    interrupted.
+    """
+    words = eval_command.with_measure(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words)
+    args.command_line = shlex.join(["vllm-lminf", *words])
     try:
         status: int = args.run(args)
     except CliError as error:

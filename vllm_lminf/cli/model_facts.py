@@ -1,4 +1,4 @@
-"""What must be known of the model and the text before an engine starts; read in a child process.
+"""What must be known of the model, and of a text, before an engine starts; read in a child process.
 
 vLLM is asked, so that the trained length is the one that LMINF itself goes by, and in a process of
 its own, so that its log does not mix with the command's output.
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FactsJob:
-    """Which model and which UTF-8 text file to look at."""
+    """Which model and which UTF-8 text file, if any, to look at."""
 
     model: str
-    text: str
+    text: str | None
     dtype: str
 
 
 @dataclass(frozen=True)
 class ModelFacts:
     """``trained_length`` in tokens, None if the model's config names none; ``kv_bytes_per_token``
-    for all layers together; ``token_ids`` of the whole text.
+    for all layers together; ``token_ids`` of the whole text, empty without one.
     """
 
     trained_length: int | None
@@ -53,11 +53,14 @@ def read_facts(job: FactsJob) -> ModelFacts:
     from vllm_lminf.plugin import trained_length
 
     config = EngineArgs(model=job.model, dtype=job.dtype).create_model_config()
-    text = Path(job.text).read_text(encoding="utf-8")
+    token_ids: list[int] = []
+    if job.text is not None:
+        text = Path(job.text).read_text(encoding="utf-8")
+        token_ids = list(get_tokenizer(job.model).encode(text))
     return ModelFacts(
         trained_length=trained_length.of(config).length,
         kv_bytes_per_token=kv_bytes_per_token(config),
-        token_ids=list(get_tokenizer(job.model).encode(text)),
+        token_ids=token_ids,
     )
 
 

@@ -1,4 +1,4 @@
-"""The picture of ``vllm-lminf eval``: quality, decode time and memory against length."""
+"""The picture of ``vllm-lminf eval nll``: quality, decode time and memory against length."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ LINE_SECONDS = 10.0
 class Lines:
     """Plain lines, for logs and pipes."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, total: int, unit: str) -> None:
         self._console = console
-        self._total = total
+        self._total, self._unit = total, unit
         self._begin = self._last = time.monotonic()
 
     def show(self, engine: str, event: Event) -> None:
@@ -29,7 +29,7 @@ class Lines:
         if event["event"] == "phase":
             self._print(f"{engine}: {event['text']}")
         elif time.monotonic() - self._last >= LINE_SECONDS:
-            self._print(f"{engine}: {event['done']} of {self._total} tokens")
+            self._print(f"{engine}: {event['done']} of {self._total} {self._unit}")
 
     def finish(self, engine: str) -> None:
         """Say that the engine has done all its work."""
@@ -43,7 +43,7 @@ class Lines:
 class Bars:
     """The same as one bar per engine; its length is what the engine has done."""
 
-    def __init__(self, console: Console, engines: Sequence[str], total: int) -> None:
+    def __init__(self, console: Console, engines: Sequence[str], total: int, unit: str) -> None:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -57,7 +57,7 @@ class Bars:
             TextColumn("{task.description:>15}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("tokens"),
+            TextColumn(unit),
             TimeElapsedColumn(),
             TextColumn("{task.fields[phase]}"),
             console=console,
@@ -82,11 +82,15 @@ class Bars:
 
 
 @contextmanager
-def display(console: Console, engines: Sequence[str], total: int) -> Iterator[Lines | Bars]:
-    """Show the progress of ``engines``, each of which has ``total`` tokens to do."""
+def display(
+    console: Console, engines: Sequence[str], total: int, unit: str = "tokens"
+) -> Iterator[Lines | Bars]:
+    """Show the progress of ``engines``, each of which has ``total`` tokens, or what ``unit`` says,
+    to do.
+    """
     if not console.is_terminal:
-        yield Lines(console, total)
+        yield Lines(console, total, unit)
         return
-    bars = Bars(console, engines, total)
+    bars = Bars(console, engines, total, unit)
     with bars.progress:
         yield bars

@@ -1,4 +1,4 @@
-"""The outcome of ``vllm-lminf eval`` as a table on the terminal and as ``results.json``."""
+"""The outcome of ``vllm-lminf eval nll`` as a table on the terminal and as ``results.json``."""
 
 from __future__ import annotations
 

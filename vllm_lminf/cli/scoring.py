@@ -1,4 +1,4 @@
-"""The child process of ``vllm-lminf eval``: one real vLLM engine scores one text.
+"""The child process of ``vllm-lminf eval nll``: one real vLLM engine scores one text.
 
 1. Warm-up: one chunk of the text backwards, scored and decoded for a few tokens, so that neither
    compilation nor the first touch of memory is timed. The prefix cache is emptied afterwards.
@@ -23,9 +23,10 @@ import os
 import statistics
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_lminf.cli.child import Answers, serve_job
+from vllm_lminf.cli.engines import start_engine
 from vllm_lminf.cli.scoring_job import (
     DecodeRun,
     LengthFigures,
@@ -36,45 +37,11 @@ from vllm_lminf.cli.scoring_job import (
     nll_curve,
     seconds_to_reach,
 )
-from vllm_lminf.plugin.config import BACKEND_NAME, SECTION
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
 WARM_UP_DECODE_TOKENS = 8
-
-
-def start_engine(job: ScoringJob) -> LLM:
-    """Start vLLM for the job; raise when the attention that was asked for is not what runs."""
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
-    options: dict[str, Any] = {}
-    if job.hf_overrides:
-        options["hf_overrides"] = job.hf_overrides
-    if job.lminf:
-        options["additional_config"] = {SECTION: job.lminf}
-    llm = LLM(
-        model=job.model,
-        dtype=job.dtype,
-        max_model_len=max(job.lengths) + job.decode_tokens,
-        max_num_batched_tokens=job.chunk,
-        max_num_seqs=1,
-        kv_cache_memory_bytes=job.kv_cache_bytes,
-        enable_prefix_caching=True,
-        enforce_eager=current_platform.is_cpu() if job.compile is None else not job.compile,
-        async_scheduling=False,  # one step, one chunk
-        disable_log_stats=False,
-        seed=0,
-        **options,
-    )
-    backend = llm.llm_engine.vllm_config.attention_config.backend
-    if job.engine == "lminf" and getattr(backend, "name", None) != BACKEND_NAME:
-        raise RuntimeError(
-            f"vLLM runs without {BACKEND_NAME}: it did not load the plugin (is vllm-lminf "
-            "installed in this environment, and is VLLM_PLUGINS unset?)"
-        )
-    return llm
 
 
 class ScoringEngine:
@@ -210,7 +177,20 @@ def main() -> None:
         job = ScoringJob(**data)
         begin = time.perf_counter()
         answers.send("phase", text="starting")
-        engine = ScoringEngine(start_engine(job), job)
+        llm = start_engine(
+            model=job.model,
+            dtype=job.dtype,
+            max_model_len=max(job.lengths) + job.decode_tokens,
+            max_num_batched_tokens=job.chunk,
+            max_num_seqs=1,
+            kv_cache_memory_bytes=job.kv_cache_bytes,
+            async_scheduling=False,  # one step, one chunk
+            disable_log_stats=False,
+            compile=job.compile,
+            hf_overrides=job.hf_overrides,
+            lminf=job.lminf if job.engine == "lminf" else None,
+        )
+        engine = ScoringEngine(llm, job)
         answers.send("phase", text="warming up")
         engine.warm_up()
         started = time.perf_counter()

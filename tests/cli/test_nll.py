@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_lminf.cli import eval as eval_command
+from vllm_lminf.cli import engines, nll
 from vllm_lminf.cli.child import Event
 from vllm_lminf.cli.main import main
 from vllm_lminf.cli.scoring_job import ScoringResult
@@ -42,7 +42,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch, sample_result: Callable[..., ScoringRe
         on_event({"event": "phase", "text": "scoring"})
         return asdict(sample_result(job["engine"], job["lengths"]))
 
-    monkeypatch.setattr(eval_command, "run_child", run_child)
+    for module in (engines, nll):
+        monkeypatch.setattr(module, "run_child", run_child)
     monkeypatch.delenv("VLLM_ATTENTION_BACKEND", raising=False)
     return asked
 
@@ -52,7 +53,7 @@ def arguments(folder: Path, *more: str, model: str = "model") -> list[str]:
     (folder / model / "config.json").write_text("{}", encoding="utf-8")
     (folder / "text.txt").write_text("words", encoding="utf-8")
     return [
-        *("eval", "--model", str(folder / model), "--text", str(folder / "text.txt")),
+        *("eval", "nll", "--model", str(folder / model), "--text", str(folder / "text.txt")),
         *("--output", str(folder / "out"), *more),
     ]
 
@@ -141,6 +142,6 @@ def test_a_text_that_is_not_text_is_refused(
 def test_the_plot_library_is_asked_for_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eval_command, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
     assert main(arguments(tmp_path)) == 1
     assert "pip install 'matplotlib>=3.9,<4'" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""``vllm-lminf eval passkey``: which of the numbers hidden in a long text a model can repeat."""

@@ -1,0 +1,206 @@
+"""The child process of ``vllm-lminf eval passkey``: one system is asked for every key.
+
+A system is a vLLM engine in this process, or a server elsewhere. Prompts are made when they are
+due: those of a long evaluation would not fit in memory together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import astuple, dataclass, field
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from vllm_lminf.cli.child import serve_job
+from vllm_lminf.cli.engines import start_engine
+from vllm_lminf.cli.passkey.task import ANSWER_TOKENS, Cell, PromptBuilder
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+@dataclass(frozen=True)
+class AskingJob:
+    """What one system is asked.
+
+    Attributes:
+        model: folder of the checkpoint; of a server, the tokenizer is read there.
+        max_num_seqs: requests that run at once.
+        cells: length, depth and key of each, in the order in which they are asked.
+        dtype, compile, hf_overrides, lminf: of the engine, see `start_engine`.
+        window: tokens in every layer's window; None for what the model has.
+        kv_cache_bytes: size of the KV cache on a CPU; a GPU's memory is left to vLLM.
+        url: where a server's ``/completions`` is; None for an engine.
+        served_model: the server's name for the model; None to ask for it.
+    """
+
+    model: str
+    max_num_seqs: int
+    cells: list[tuple[int, float, str]] = field(default_factory=list)
+    dtype: str = "auto"
+    compile: bool | None = None
+    hf_overrides: dict[str, Any] = field(default_factory=dict)
+    lminf: dict[str, Any] | None = None
+    window: int | None = None
+    kv_cache_bytes: int = 0
+    url: str | None = None
+    served_model: str | None = None
+
+
+def start(job: AskingJob) -> LLM:
+    """Start the engine; raise where it has no such window as was asked for."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.platforms import current_platform
+
+    options = {}
+    if current_platform.is_cpu():
+        options["kv_cache_memory_bytes"] = job.kv_cache_bytes
+    llm = start_engine(
+        model=job.model,
+        dtype=job.dtype,
+        max_model_len=max(length for length, _, _ in job.cells),
+        max_num_seqs=job.max_num_seqs,
+        compile=job.compile,
+        hf_overrides=job.hf_overrides,
+        lminf=job.lminf,
+        **options,
+    )
+    if job.window is not None:
+        layers = get_layers_from_vllm_config(llm.llm_engine.vllm_config, AttentionLayerBase)
+        others = [
+            name
+            for name, layer in layers.items()
+            if getattr(layer, "sliding_window", None) != job.window
+        ]
+        if others or not layers:
+            raise RuntimeError(
+                f"vLLM gives this model no window of {job.window} tokens in "
+                f"{', '.join(others) or 'any layer'}: leave window out of --systems"
+            )
+    return llm
+
+
+def ask_engine(llm: LLM, job: AskingJob, prompts: PromptBuilder) -> Iterator[tuple[Cell, str]]:
+    """Yield the answers of an engine, in the order in which they are ready."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=0.0, max_tokens=ANSWER_TOKENS, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+    waiting = enumerate(Cell(*cell) for cell in job.cells)
+    running: dict[str, Cell] = {}
+    while True:
+        while len(running) < 2 * job.max_num_seqs and (following := next(waiting, None)):
+            number, cell = following
+            prompt = {"prompt_token_ids": prompts.prompt(cell)}
+            running[str(number)] = cell
+            llm.llm_engine.add_request(str(number), prompt, params)
+        if not running:
+            return
+        for output in llm.llm_engine.step():
+            yield running.pop(output.request_id), output.outputs[0].text
+
+
+class Server:
+    """An OpenAI-compatible server.
+
+    Args:
+        url: up to and with ``/v1``.
+        model: the server's name for the model; None for the only one that it serves.
+
+    Raises:
+        RuntimeError: it doesn't answer, or serves several models.
+    """
+
+    def __init__(self, url: str, model: str | None) -> None:
+        self._url = url
+        self._model = model or self._only_model()
+
+    def complete(self, prompt: list[int]) -> str:
+        """Return what the server generates greedily after these tokens."""
+        answer = self._call(
+            "/completions",
+            {
+                "model": self._model,
+                "prompt": prompt,
+                "max_tokens": ANSWER_TOKENS,
+                "temperature": 0,
+            },
+        )
+        text: str = answer["choices"][0]["text"]
+        return text
+
+    def _only_model(self) -> str:
+        names: list[str] = [model["id"] for model in self._call("/models")["data"]]
+        if len(names) != 1:
+            raise RuntimeError(
+                f"{self._url} serves {', '.join(names) or 'no model'}: name one with --served-model"
+            )
+        return names[0]
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data, headers)
+        try:
+            with urllib.request.urlopen(request) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:500]
+            raise RuntimeError(f"{self._url}{path} answers {error.code}: {said}") from error
+        except urllib.error.URLError as error:
+            raise RuntimeError(
+                f"{self._url}{path} doesn't answer ({error.reason}): is --url right, and the "
+                "server up?"
+            ) from error
+
+
+def ask_server(job: AskingJob, url: str, prompts: PromptBuilder) -> Iterator[tuple[Cell, str]]:
+    """Yield the answers of a server, in the order in which they arrive."""
+    server, lock = Server(url, job.served_model), Lock()
+
+    def ask(cell: Cell) -> str:
+        with lock:  # tokenizers are not for several threads at once
+            prompt = prompts.prompt(cell)
+        return server.complete(prompt)
+
+    cells = [Cell(*item) for item in job.cells]
+    pool = ThreadPoolExecutor(job.max_num_seqs)
+    try:
+        asked = {pool.submit(ask, cell): cell for cell in cells}
+        for answer in as_completed(asked):
+            yield asked[answer], answer.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def main() -> None:
+    """Read an ``AskingJob`` from stdin and send every answer."""
+    with serve_job() as (data, answers):
+        from vllm.tokenizers import get_tokenizer
+
+        job = AskingJob(**data)
+        answers.send("phase", text="starting")
+        prompts = PromptBuilder(get_tokenizer(job.model))
+        prompts.prompt(Cell(*min(job.cells)))  # what has no room is refused before an engine starts
+        if job.url is None:
+            replies = ask_engine(start(job), job, prompts)
+        else:
+            replies = ask_server(job, job.url, prompts)
+        answers.send("phase", text="asking")
+        for cell, text in replies:
+            answers.send("answer", cell=astuple(cell), text=text)
+        answers.send("result", result=None)
+
+
+if __name__ == "__main__":
+    main()
