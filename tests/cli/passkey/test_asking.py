@@ -129,10 +129,9 @@ def test_engines_are_asked(tmp_path: Path, model: Path) -> None:
     assert all(line["answer"] for line in answers if "answer" in line)
 
 
-@pytest.mark.engine
-def test_a_length_without_room_fails_by_name(
+def test_a_length_without_room_is_refused_before_anything_is_asked(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["eval", "passkey", "--model", str(model), "--output", str(tmp_path)]
-    assert main([*words, "--lengths", "64", "--systems", "full"]) == 1
+    assert main([*words, "--lengths", "64", "--url", "http://127.0.0.1:9"]) == 1
     assert "no whole sentences fill 64 tokens" in capsys.readouterr().err
