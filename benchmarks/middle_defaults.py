@@ -37,15 +37,15 @@ from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 
 PAGE = Path(__file__).parents[1] / "docs" / "middle_defaults.md"
-MOST_ROWS = 256
+MOST_ROWS = 128
 CENTRE = {"top_k": 16, "rows": 64, "distance": 4096, "from_layer": 5, "block_size": 1}
 VARIED: dict[str, tuple[int, ...]] = {
     "rows": (1, 16, 64, MOST_ROWS),
-    "top_k": (4, 8, 16, 32, 64),
-    "distance": (512, 1024, 2048, 4096, 6144),
-    "from_layer": (1, 5, 10, 15),
+    "top_k": (4, 16, 64),
+    "distance": (1024, 2048, 4096),
+    "from_layer": (1, 5, 10),
 }
-BLOCKS = ((16, 4), (16, 16), (64, 2), (64, 8), (128, 2), (128, 4))
+BLOCKS = ((16, 16), (64, 4), (128, 2))
 """Sizes of a block, and how many of them."""
 
 NOTHING = Middle(0, distance=0, rows=1)
@@ -124,7 +124,8 @@ def log_losses(model: StudiedLlama, args: argparse.Namespace) -> Iterator[Record
 
 
 def measure(args: argparse.Namespace) -> Record:
-    model = StudiedLlama(args.model, LambdaPattern(args.n_global, args.n_local, args.n_local))
+    pattern = LambdaPattern(args.n_global, args.n_local, args.n_local)
+    model = StudiedLlama(args.model, pattern, torch.bfloat16)
     shown = [
         {name: getattr(each, name) for name in CENTRE} if each.top_k else {"top_k": 0}
         for each in settings()
@@ -170,13 +171,13 @@ def tables(data: Record) -> Iterator[tuple[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 12288])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192])
     parser.add_argument("--depths", type=int, default=4)
-    parser.add_argument("--keys", type=int, default=1)
+    parser.add_argument("--keys", type=int, default=2)
     parser.add_argument("--n-global", type=int, default=10)
     parser.add_argument("--n-local", type=int, default=2048)
-    parser.add_argument("--places", type=int, nargs="+", default=[5000, 6500, 8000, 12000])
-    parser.add_argument("--scored", type=int, default=384)
+    parser.add_argument("--places", type=int, nargs="+", default=[5000, 7500, 12000])
+    parser.add_argument("--scored", type=int, default=256)
     studies.publish(PAGE, measure(parser.parse_args()), tables)
 
 
