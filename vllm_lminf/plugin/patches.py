@@ -202,7 +202,7 @@ def _wrap_pool_planning() -> None:
                 f"{error}\n{advice(vllm_config, kv_cache_specs, available_memory)}"
             ) from error
         if _is_selected(vllm_config):
-            configs = archive.plan(vllm_config, kv_cache_specs, configs)
+            configs = archive.plan(vllm_config, configs)
         return configs
 
     wrap(core, "get_kv_cache_configs", plan)
