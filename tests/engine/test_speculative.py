@@ -19,6 +19,7 @@ from tests.engine import drafters
 from tests.engine.conftest import Engine, start_engine
 from tests.engine.drafters import TRAINED_LENGTH, following, save_counting_model
 from tests.engine.poison import assert_poison_changes_no_bit
+from tests.engine.test_middle import settings
 from tests.engine.traffic import (
     TOLERANCE,
     Answer,
@@ -30,6 +31,7 @@ from tests.engine.traffic import (
     step,
     submit,
 )
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 
 pytestmark = pytest.mark.engine
@@ -171,21 +173,25 @@ def everything_that_happens(llm: LLM) -> Happened:
     return first + twice, drafts
 
 
-def run(engine: Engine, model: Path, speculative_config: dict[str, Any]) -> Happened:
+def run(
+    engine: Engine, model: Path, speculative_config: dict[str, Any], middle: Middle | None = None
+) -> Happened:
     """Everything that happens, with nothing else in the cache and under poison."""
-    with engine(model, speculative_config=speculative_config, **ARGUMENTS) as llm:
+    recalled = None if middle is None else settings(middle)
+    with engine(model, speculative_config=speculative_config, middle=recalled, **ARGUMENTS) as llm:
         assert lambda_pattern(llm) == PATTERN
         return assert_poison_changes_no_bit(llm, lambda: everything_that_happens(llm))
 
 
 def run_in_another_process(
-    engine: Engine, model: Path, speculative_config: dict[str, Any]
+    engine: Engine, model: Path, speculative_config: dict[str, Any], middle: Middle | None = None
 ) -> Happened:
     """The same. vLLM's n-gram drafter imports numba, and vLLM's CPU platform can't start an engine
     in a process that has done so. Uncompiled, numba's functions do the same and start at once."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as pool:
-        return pool.submit(_run_uncompiled, start_engine, model, speculative_config).result()
+        arguments = start_engine, model, speculative_config, middle
+        return pool.submit(_run_uncompiled, *arguments).result()
 
 
 def _run_uncompiled(*arguments: Any) -> Happened:
@@ -215,3 +221,16 @@ class TestSameTokens:
         answers, drafts = run(class_engine, model, drafter(model))
         assert_same(answers, expected + 2 * [expected[-2]])
         assert_boundaries_were_crossed(drafts)
+
+
+def test_drafts_in_the_archive(class_engine: Engine, model: Path) -> None:
+    """Rejected drafts are kept and indexed with the rest, in pages that they fill: what comes
+    after them overwrites them."""
+    middle = Middle(4, distance=30, rows=20, from_layer=2)
+    with class_engine(model, middle=settings(middle), **ARGUMENTS) as llm:
+        expected = ask(llm, prompts(), MAX_TOKENS)
+    assert_equal_to_oracle(model, expected[-2:], PATTERN, middle)
+    answers, drafts = run_in_another_process(class_engine, model, drafters.ngram(model), middle)
+    assert_same(answers, expected + 2 * [expected[-2]])
+    assert any(d.after // BLOCK < d.hoped // BLOCK for d in drafts)
+    assert any(d.start // BLOCK < d.after // BLOCK for d in drafts)

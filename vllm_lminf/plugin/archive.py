@@ -26,13 +26,14 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
+    UniformTypeKVCacheSpecs,
 )
 from vllm.v1.request import Request
 
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.kernels.archive import ArchiveFormat
 from vllm_lminf.middle import ALL_ROWS, Middle
-from vllm_lminf.pattern import Pattern, cdiv
+from vllm_lminf.pattern import LambdaPattern, Pattern, cdiv
 from vllm_lminf.plugin.config import LambdaConfig
 from vllm_lminf.plugin.kv_cache import LambdaSpec
 
@@ -134,28 +135,36 @@ def recalling_layers(resolved: LambdaConfig, patterns: Mapping[str, Pattern]) ->
     ]
 
 
-def plan(
-    engine: VllmConfig, specs: Sequence[dict[str, KVCacheSpec]], configs: list[KVCacheConfig]
-) -> list[KVCacheConfig]:
+def plan(engine: VllmConfig, configs: list[KVCacheConfig]) -> list[KVCacheConfig]:
     """Adds the archive to what vLLM planned; nothing where nothing recalls.
 
     Args:
         engine: its settings are resolved.
-        specs: of every worker, the caches of its layers.
-        configs: of every worker, in the same order.
+        configs: of every worker.
 
     Raises:
         UnsupportedError: the archive doesn't hold the longest sequence, or the host hasn't got the
-            memory, or no layer recalls.
+            memory, or no layer recalls, or those that do differ in their keys.
     """
     resolved = LambdaConfig.of(engine)
     if resolved.middle is None:
         return configs
     recalling: list[list[str]] = []
-    for layers in specs:
-        of_ours = {n: each.pattern for n, each in layers.items() if isinstance(each, LambdaSpec)}
-        recalling.append(recalling_layers(resolved, of_ours))
-    found = [each[name] for each, names in zip(specs, recalling, strict=True) for name in names]
+    found: dict[ArchiveFormat, list[str]] = {}
+    for config in configs:
+        layers = _lambda_layers(config)
+        patterns = {name: spec.pattern for name, spec in layers.items()}
+        recalling.append(recalling_layers(resolved, patterns))
+        for name in recalling[-1]:
+            spec = layers[name]
+            page = ArchiveFormat(
+                spec.num_kv_heads,
+                spec.head_size,
+                spec.block_size,
+                spec.dtype,
+                resolved.middle_index,
+            )
+            found.setdefault(page, []).append(name)
     if not found:
         raise UnsupportedError(
             [
@@ -164,28 +173,50 @@ def plan(
                 "middle_from_layer, or middle_top_k to 0"
             ]
         )
-    some: Any = found[0]
-    page = ArchiveFormat(
-        some.num_kv_heads, some.head_size, some.block_size, some.dtype, resolved.middle_index
-    )
-    page_of_all = page.page_bytes * len(found)
+    if len(found) > 1:
+        raise UnsupportedError(
+            [
+                f"middle_top_k is {resolved.middle.top_k}, and layers that recall differ in their "
+                f"keys, of which there are (key heads x dimensions): {_listed(found)}; set "
+                "middle_from_layer to leave some out, or middle_top_k to 0"
+            ]
+        )
+    ((page, names),) = found.items()
+    page_of_all = page.page_bytes * len(names)
     num_pages = int(resolved.archive_gib * _GIB) // page_of_all
-    _check_size(engine, num_pages, page_of_all, some.block_size)
+    _check_size(engine, num_pages, page_of_all, page.block_size)
     spec = ArchiveSpec(
-        block_size=some.block_size,
-        num_kv_heads=some.num_kv_heads,
-        head_size=some.head_size,
-        dtype=some.dtype,
+        block_size=page.block_size,
+        num_kv_heads=page.num_kv_heads,
+        head_size=page.head_size,
+        dtype=page.dtype,
         dcp_sharded=False,
         num_pages=num_pages,
-        index_bits=resolved.middle_index,
+        index_bits=page.index_bits,
     )
     for config, layer_names in zip(configs, recalling, strict=True):
-        names = [archive_name(name) for name in layer_names]
-        config.kv_cache_groups.append(KVCacheGroupSpec(names, spec, host_resident=True))
+        archives = [archive_name(name) for name in layer_names]
+        config.kv_cache_groups.append(KVCacheGroupSpec(archives, spec, host_resident=True))
         # vLLM tells by it how many requests there is room for.
         config.hisparse_host_num_blocks = num_pages - 1
     return configs
+
+
+def _lambda_layers(config: KVCacheConfig) -> dict[str, LambdaSpec]:
+    """The caches of a worker's layers as they were planned: where layers of a model have pages of
+    different sizes, vLLM gives some of them larger blocks than they asked for."""
+    layers: dict[str, KVCacheSpec] = {}
+    for group in config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        of_each = isinstance(spec, UniformTypeKVCacheSpecs)
+        layers |= spec.kv_cache_specs if of_each else dict.fromkeys(group.layer_names, spec)
+    return {name: each for name, each in layers.items() if isinstance(each, LambdaSpec)}
+
+
+def _listed(found: Mapping[ArchiveFormat, Sequence[str]]) -> str:
+    return ", ".join(
+        f"{page.num_kv_heads} x {page.head_size} in {names[0]}" for page, names in found.items()
+    )
 
 
 def _check_size(engine: VllmConfig, num_pages: int, page_of_all: int, block_size: int) -> None:
@@ -213,25 +244,32 @@ def _rounded_up(num_bytes: int) -> str:
     return f"{cdiv(num_bytes * 100, _GIB) / 100:g}"
 
 
-def mark_rows_that_look(hasher: Hasher, middle: Middle, hash_block_size: int) -> Hasher:
+def mark_rows_that_look(
+    hasher: Hasher, middle: Middle, pattern: LambdaPattern, hash_block_size: int
+) -> Hasher:
     """Hashes of blocks that also say which of their rows looked into the middle.
 
     The keys and values of a row that looked aren't those of one that didn't, in all layers behind
     the first that recalls. Which rows look follows from the length of a request's prompt, so two
     requests may have the same tokens in a block, and not the same keys. Blocks from the first row
-    that looks on are therefore hashed with its position; those before it are shared as ever.
+    that looks on are therefore hashed with its position; those before it are shared as ever. A row
+    that has no middle behind it counts as one that doesn't look: while all of a conversation is
+    inside the window, its next turn finds all of it.
 
     Args:
         hasher: vLLM's: the hashes of a request's full blocks that have none yet.
         middle: what queries recall.
+        pattern: what hides it; the first query that has a middle is at n_global + n_local.
         hash_block_size: tokens that a hash covers.
     """
     if middle.rows == ALL_ROWS:
         return hasher
 
+    first_with_a_middle = pattern.n_global + pattern.n_local
+
     def hash_blocks(request: Request) -> list[BlockHash]:
         known = len(request.block_hashes)
-        first_row = middle.first_row(request.num_prompt_tokens)
+        first_row = max(middle.first_row(request.num_prompt_tokens), first_with_a_middle)
         unmarked = max(0, first_row // hash_block_size - known)
         hashes = hasher(request)
         mark = first_row.to_bytes(8, "little")

@@ -202,7 +202,7 @@ def _wrap_pool_planning() -> None:
                 f"{error}\n{advice(vllm_config, kv_cache_specs, available_memory)}"
             ) from error
         if _is_selected(vllm_config):
-            configs = archive.plan(vllm_config, kv_cache_specs, configs)
+            configs = archive.plan(vllm_config, configs)
         return configs
 
     wrap(core, "get_kv_cache_configs", plan)
@@ -225,14 +225,39 @@ def _wrap_block_hashes() -> None:
         original(self, vllm_config, *args, **kwargs)
         if self.request_block_hasher is None or not _is_selected(vllm_config):
             return
-        middle = LambdaConfig.of(vllm_config).middle
-        if middle is not None:
+        resolved = LambdaConfig.of(vllm_config)
+        if resolved.middle is not None:
             pool = self.scheduler.kv_cache_manager.block_pool
             self.request_block_hasher = mark_rows_that_look(
-                self.request_block_hasher, middle, pool.hash_block_size
+                self.request_block_hasher, resolved.middle, resolved.pattern, pool.hash_block_size
             )
 
     wrap(EngineCore, "__init__", start)
+
+
+def _wrap_inputs() -> None:
+    """Refuses a prompt that arrives in pieces, where it decides by its length which rows look into
+    the middle: those of a piece would have looked that aren't the last of the whole, and wouldn't
+    look again if the request were preempted."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_lminf.middle import ALL_ROWS
+    from vllm_lminf.plugin.config import LambdaConfig
+
+    def process(original: Callable[..., Any], self: InputProcessor, *args: Any, **kw: Any) -> Any:
+        if kw.get("resumable") and _is_selected(self.vllm_config):
+            resolved = LambdaConfig.of(self.vllm_config)
+            if resolved.middle is not None and resolved.middle.rows != ALL_ROWS:
+                raise UnsupportedError(
+                    [
+                        f"middle_rows {resolved.middle_rows}, and a prompt that arrives in pieces "
+                        "(streaming inputs): which rows are its last isn't known; set middle_rows "
+                        'to "all", or middle_top_k to 0'
+                    ]
+                )
+        return original(self, *args, **kw)
+
+    wrap(InputProcessor, "process_inputs", process)
 
 
 def wrap_prompt_lengths() -> None:

@@ -1,32 +1,41 @@
 """The archive's pages: how many, whose, and which of them another request may share."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
+from tests.plugin.kv_cache.planning import get_kv_cache_configs
 from tests.plugin.kv_cache.simulation import make_spec
+from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.middle import ALL_ROWS, Middle
+from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin.archive import (
     ArchiveManager,
     ArchiveSpec,
     first_rows,
     mark_rows_that_look,
+    plan,
 )
+from vllm_lminf.plugin.config import LambdaConfig, Settings, Trained
+from vllm_lminf.plugin.kv_cache import LambdaSpec
 
 BLOCK = 4
 MIDDLE = Middle(2, distance=8, rows=3)
+PATTERN = LambdaPattern(2, 6, 6)
 
 
 def make_request(tokens: list[int], middle: Middle = MIDDLE) -> Request:
     init_none_hash(sha256)
-    hasher = mark_rows_that_look(get_request_block_hasher(BLOCK, sha256), middle, BLOCK)
+    hasher = mark_rows_that_look(get_request_block_hasher(BLOCK, sha256), middle, PATTERN, BLOCK)
     make_request.count += 1
     return Request(
         request_id=f"request-{make_request.count}",
@@ -66,6 +75,15 @@ class TestHashes:
         assert len(request.block_hashes) == 10
         assert request.block_hashes[:4] == whole.block_hashes[:4]
         assert not set(request.block_hashes[4:]) & set(whole.block_hashes)
+
+    def test_rows_without_a_middle_are_shared(self) -> None:
+        """Rows 2 to 4 of 5 look, and the first that sees anything there is row 8."""
+        request = make_request(list(range(5)))
+        for token in range(5, 16):
+            request.append_output_token_ids(token)
+        whole = make_request(list(range(30)))
+        assert request.block_hashes[:2] == whole.block_hashes[:2]
+        assert not set(request.block_hashes[2:]) & set(whole.block_hashes)
 
     def test_where_every_row_looks_all_is_shared(self) -> None:
         everywhere = Middle(2, distance=8, rows=ALL_ROWS)
@@ -181,3 +199,88 @@ class TestPages:
         assert pools.kv.reset_prefix_cache()
         pool = pools.archive.block_pool
         assert not any(pool.get_cached_block(h, [1]) for h in request.block_hashes)
+
+
+class TestPlan:
+    """Layers from the second on recall, in an engine of 1000 tokens at the most."""
+
+    GIB = 1 << 30
+
+    @pytest.fixture
+    def engine(self, stock_config: VllmConfig) -> VllmConfig:
+        engine = deepcopy(stock_config)
+        engine.cache_config.kv_cache_layout = "LBHNC"
+        engine.model_config.max_model_len = 1000
+        settings = Settings(n_local=48, middle_top_k=4, middle_from_layer=2, archive_gib=0.125)
+        resolved = LambdaConfig.resolve(settings, Trained(length=64, longest=64))
+        engine.additional_config = resolved.added_to({})
+        return engine
+
+    @staticmethod
+    def spec(num_kv_heads: int, pattern: LambdaPattern) -> LambdaSpec:
+        full = FullAttentionSpec(
+            block_size=16, num_kv_heads=num_kv_heads, head_size=64, dtype=torch.bfloat16
+        )
+        return LambdaSpec.of(full, pattern)
+
+    def planned(
+        self, engine: VllmConfig, workers: list[dict[int, LambdaSpec]]
+    ) -> list[KVCacheConfig]:
+        named = [
+            {f"model.layers.{layer}.self_attn.attn": spec for layer, spec in worker.items()}
+            for worker in workers
+        ]
+        memory = [1 << 30] * len(workers)
+        return plan(engine, get_kv_cache_configs(engine, named, memory))
+
+    @staticmethod
+    def archive(config: KVCacheConfig) -> tuple[list[str], ArchiveSpec]:
+        group = config.kv_cache_groups[-1]
+        assert group.host_resident
+        assert config.hisparse_host_num_blocks == group.kv_cache_spec.num_pages - 1
+        return [name.split(".")[2] for name in group.layer_names], group.kv_cache_spec
+
+    @pytest.mark.parametrize(
+        ("workers", "recalling"),
+        [
+            ([range(4)], [["1", "2", "3"]]),
+            ([range(4), range(4)], [["1", "2", "3"], ["1", "2", "3"]]),
+            ([range(1), range(1, 4)], [[], ["1", "2", "3"]]),
+        ],
+        ids=["one worker", "tensor parallel", "a stage that recalls nothing"],
+    )
+    def test_all_workers_together_have_what_is_set(
+        self, engine: VllmConfig, workers: list[range], recalling: list[list[str]]
+    ) -> None:
+        spec = self.spec(2, LambdaConfig.of(engine).pattern)
+        configs = self.planned(engine, [dict.fromkeys(layers, spec) for layers in workers])
+        archives = [self.archive(config) for config in configs]
+        assert [names for names, _ in archives] == recalling
+        (archive,) = {spec for _, spec in archives}
+        page_of_all = archive.page_size_bytes * sum(map(len, recalling))
+        spare = self.GIB // 8 - archive.num_pages * page_of_all
+        assert 0 <= spare < page_of_all
+
+    def test_pages_are_as_long_as_blocks(self, engine: VllmConfig) -> None:
+        """vLLM gives layers with few key heads longer blocks, where others have more."""
+        pattern = LambdaConfig.of(engine).pattern
+        own = LambdaPattern(0, 32, 32)
+        (config,) = self.planned(
+            engine, [{n: self.spec(4, own) if n % 2 else self.spec(1, pattern) for n in range(6)}]
+        )
+        sizes = {
+            spec.block_size
+            for spec in (group.kv_cache_spec for group in config.kv_cache_groups[:-1])
+            if spec.pattern == pattern
+        }
+        names, archive = self.archive(config)
+        assert names == ["2", "4"]
+        assert sizes == {archive.block_size} == {64}
+
+    def test_layers_that_differ_in_their_keys(self, engine: VllmConfig) -> None:
+        pattern = LambdaConfig.of(engine).pattern
+        layers = {n: self.spec(1 if n == 3 else 2, pattern) for n in range(4)}
+        with pytest.raises(UnsupportedError, match=r"2 x 64 in \S+\.1\.\S+, 1 x 64 in \S+\.3\."):
+            self.planned(engine, [layers])
+        del layers[3]
+        assert self.archive(self.planned(engine, [layers])[0])[0] == ["1", "2"]

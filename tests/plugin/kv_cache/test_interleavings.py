@@ -3,7 +3,8 @@
 After every action the real blocks are compared with `tests.plugin.kv_cache.model`: what every
 request holds and what it doesn't, in every group; that no block is held twice, lost, or free twice;
 that no request exceeds its bound. A memory beside the pool keeps who wrote what, so that a query
-that is shown another request's token is noticed.
+that is shown another request's token is noticed. Some engines recall the middle: they have an
+archive as well, with pages of its own, and what is written depends on which rows looked.
 
 ``LMINF_TEST_ACTIONS`` is how many actions are tried; the default is for every day.
 """
@@ -11,7 +12,8 @@ that is shown another request's token is noticed.
 import os
 from collections import Counter, deque
 from dataclasses import dataclass, replace
-from math import gcd, lcm
+from math import ceil, gcd, lcm
+from operator import le, sub
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -26,6 +28,7 @@ from hypothesis.stateful import (
 )
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import (
@@ -38,6 +41,9 @@ from vllm.v1.request import Request
 
 from tests.plugin.kv_cache.model import Layers, Running
 from tests.plugin.kv_cache.simulation import make_spec
+from vllm_lminf.middle import ALL_ROWS, Middle
+from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin.archive import ArchiveSpec, mark_rows_that_look
 
 DEFAULT_ACTIONS = 20_000
 ACTIONS = int(os.environ.get("LMINF_TEST_ACTIONS", DEFAULT_ACTIONS))
@@ -71,11 +77,38 @@ class Group:
 
 
 @dataclass(frozen=True)
+class ArchiveGroup:
+    """The archive of a group that is ours: a page for every block of the sequence.
+
+    Attributes:
+        block_size: tokens of a page.
+        num_pages: that requests can hold; the longest has room.
+        rows: of a prompt look into the middle.
+    """
+
+    block_size: int
+    num_pages: int
+    rows: int
+
+    def spec(self, num_lookahead: int) -> ArchiveSpec:
+        return ArchiveSpec(
+            block_size=self.block_size,
+            num_kv_heads=1,
+            head_size=16,
+            dtype=torch.float32,
+            dcp_sharded=False,
+            num_pages=1 + self.num_pages,
+            index_bits=8,
+        )
+
+
+@dataclass(frozen=True)
 class Setup:
     """What an engine is started with.
 
     Attributes:
         groups: the KV cache groups.
+        archive: one more, which has a pool of its own; None where nothing is recalled.
         room_for: how many requests fit at their largest, and how many more blocks there are.
         chunk: most tokens of a request in one step.
         num_ahead: most steps of a request in flight.
@@ -88,6 +121,7 @@ class Setup:
     """
 
     groups: tuple[Group, ...]
+    archive: ArchiveGroup | None
     room_for: tuple[int, int]
     chunk: int
     num_ahead: int
@@ -105,8 +139,10 @@ class Setup:
 @st.composite
 def setups(draw: st.DrawFn) -> Setup:
     base = draw(st.sampled_from([1, 2, 4, 5]))
+    recalls = draw(st.sampled_from([False, False, True]))
     # The longer window is larger than any pool of the shorter requests.
-    max_length, long_window = draw(st.sampled_from([(48, 300), (10_000, 40)]))
+    endless = 200 if recalls else 10_000
+    max_length, long_window = draw(st.sampled_from([(48, 300), (endless, 40)]))
 
     def group(is_ours: bool) -> Group:
         size = base * draw(st.sampled_from([1, 1, 1, 2, 3]))
@@ -115,16 +151,23 @@ def setups(draw: st.DrawFn) -> Setup:
         return Group(Layers(n_global if is_ours else 0, n_local, size), is_ours)
 
     others = draw(st.sampled_from([(), (), (), (), (True,), (True,), (False,), (False, True)]))
+    groups = tuple(group(is_ours) for is_ours in draw(st.permutations([True, *others])))
+    archive = None
+    if recalls:
+        size = next(each.layers.block_size for each in groups if each.is_ours)
+        pages = ceil(max_length / size) + draw(st.sampled_from([0, 1, 8]))
+        archive = ArchiveGroup(size, pages, rows=draw(st.sampled_from([1, 7, 30, ALL_ROWS])))
     return Setup(
-        groups=tuple(group(is_ours) for is_ours in draw(st.permutations([True, *others]))),
+        groups=groups,
+        archive=archive,
         room_for=draw(st.sampled_from([(1, 0), (1, 1), (1, 4), (2, -1), (2, -1), (2, 0), (3, -1)])),
         chunk=draw(st.sampled_from([1, 2, 5, 12, 33])),
         num_ahead=draw(st.sampled_from([1, 1, 2, 3])),
-        num_lookahead=draw(st.sampled_from([0, 0, 3])),
+        num_lookahead=0 if recalls else draw(st.sampled_from([0, 0, 3])),
         max_length=max_length,
         is_reserved=draw(st.booleans()),
         is_cached=draw(st.sampled_from([True, True, True, False])),
-        is_eagle=draw(st.sampled_from([False, False, True])),
+        is_eagle=not recalls and draw(st.sampled_from([False, False, True])),
         is_sparse=draw(st.booleans()),
     )
 
@@ -179,16 +222,21 @@ class Interleavings(RuleBasedStateMachine):
         self.setup = setup
         self.layers = [group.layers for group in setup.groups]
         self.all_ours = all(group.is_ours for group in setup.groups)
-        sizes = [layers.block_size for layers in self.layers]
-        self.hash_size, self.hit_size = gcd(*sizes), lcm(*sizes)
         requests, more = setup.room_for
         self.num_blocks = requests * sum(map(setup.bound, self.layers)) + more
+        groups: list[Group | ArchiveGroup] = [*setup.groups]
+        if setup.archive is not None:
+            # All of its tokens are kept, and seen by rows that look.
+            self.layers.append(Layers(setup.max_length, 1, setup.archive.block_size))
+            groups.append(setup.archive)
+        sizes = [layers.block_size for layers in self.layers]
+        self.hash_size, self.hit_size = gcd(*sizes), lcm(*sizes)
         config = KVCacheConfig(
             1 + self.num_blocks,  # one is the null block
             kv_cache_tensors=[],
             kv_cache_groups=[
                 KVCacheGroupSpec([f"layer {g}"], group.spec(setup.num_lookahead))
-                for g, group in enumerate(setup.groups)
+                for g, group in enumerate(groups)
             ],
             prefix_cache_retention_interval=0 if setup.is_sparse else None,
         )
@@ -202,10 +250,19 @@ class Interleavings(RuleBasedStateMachine):
             use_eagle=setup.is_eagle,
         )
         self.pool = self.kv.block_pool
+        self.pools = [each.block_pool for each in self.kv.coordinator.single_type_managers]
+        self.hasher = get_request_block_hasher(self.hash_size, sha256)
+        if setup.archive is not None:
+            assert self.pools[-1] is not self.pool
+            middle = Middle(1, distance=1, rows=setup.archive.rows)
+            ours = next(each.layers for each in setup.groups if each.is_ours)
+            self.first_with_a_middle = ours.n_global + ours.n_local
+            pattern = LambdaPattern(ours.n_global, ours.n_local, ours.n_local)
+            self.hasher = mark_rows_that_look(self.hasher, middle, pattern, self.hash_size)
         self.waiting: list[Request] = []
         self.running: list[Life] = []
         self.in_flight: deque[Step] = deque()
-        self.memory: dict[tuple[int, int], tuple[int, int]] = {}
+        self.memory: dict[tuple[bool, int, int], tuple[int, int]] = {}
         self.marks: dict[Request, list[int]] = {}
         self.last_token = 0
         self.conversations = [self.new_tokens(LONGEST_PROMPT) for _ in range(3)]
@@ -224,7 +281,7 @@ class Interleavings(RuleBasedStateMachine):
             prompt_token_ids=tokens,
             sampling_params=SamplingParams(max_tokens=10**9),
             pooling_params=None,
-            block_hasher=get_request_block_hasher(self.hash_size, sha256),
+            block_hasher=self.hasher,
         )
         self.waiting.append(request)
         self.marks[request] = []
@@ -240,8 +297,8 @@ class Interleavings(RuleBasedStateMachine):
         self.check_hit(request, hit.blocks, num_hit)
         num_new = min(num_tokens, self.setup.chunk, request.num_tokens - num_hit)
         first, whole = self.num_to_take(request, num_hit + num_new, hit.blocks, num_hit)
-        must_fit = max(first, whole) if self.setup.is_reserved else first
-        free = self.pool.get_num_free_blocks()
+        free = self.num_free()
+        may_fit = self.fits(first) and (self.fits(whole) or not self.setup.is_reserved)
         slots = self.kv.allocate_slots(
             request,
             num_new,
@@ -252,13 +309,16 @@ class Interleavings(RuleBasedStateMachine):
         )
         if slots is None:
             HAPPENED["refused"] += 1
-            assert free < self.num_blocks, "refused with the whole pool free"
-            assert must_fit > free or not self.all_ours, "refused although there is room"
+            HAPPENED["refused by the archive"] += whole[1] > free[1]
+            assert free != self.num_in_all(), "refused with all pools free"
+            assert not may_fit or not self.all_ours, "refused although there is room"
             return
-        assert free - self.pool.get_num_free_blocks() == first
-        assert must_fit <= free or not self.all_ours, "admitted although it may not fit"
+        left = tuple(map(sub, free, first))
+        assert self.num_free() == left
+        assert may_fit or not self.all_ours, "admitted although it may not fit"
         HAPPENED["admitted"] += 1
         HAPPENED["hit"] += num_hit > 0
+        HAPPENED["hit of an archive"] += num_hit > 0 and self.setup.archive is not None
         request.num_computed_tokens = num_hit
         self.waiting.remove(request)
         life = Life(request=request, num_slots=num_hit, first_query=num_hit)
@@ -282,7 +342,7 @@ class Interleavings(RuleBasedStateMachine):
     def end_all(self) -> None:
         for life in list(self.running):
             self.stop(life, "ended")
-        assert self.pool.get_num_free_blocks() == self.num_blocks
+        assert self.num_free() == self.num_in_all()
 
     @precondition(lambda self: self.waiting)
     @rule(which=which)
@@ -328,10 +388,11 @@ class Interleavings(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1000))
     def evict(self, which: int) -> None:
         """One block, in use or not; now and then all, which vLLM does where none is in use."""
-        cached = [block for block in self.pool.blocks if block.block_hash is not None]
+        pool = self.pools[which % len(self.pools)]
+        cached = [block for block in pool.blocks if block.block_hash is not None]
         if cached and which % 10:
             HAPPENED["evicted"] += 1
-            self.kv.evict_blocks({cached[which % len(cached)].block_id})
+            pool.evict_blocks({cached[which % len(cached)].block_id})
         elif not which % 10:
             assert self.kv.reset_prefix_cache() == (not self.running)
 
@@ -340,22 +401,38 @@ class Interleavings(RuleBasedStateMachine):
     @invariant()
     def check(self) -> None:
         HAPPENED["checks"] += 1
-        holders: Counter[int] = Counter()
+        holders: dict[BlockPool, Counter[int]] = {pool: Counter() for pool in self.pools}
         for life in self.running:
-            for layers, blocks in zip(self.layers, self.blocks_of(life.request), strict=True):
+            held: dict[BlockPool, list[int]] = {pool: [] for pool in self.pools}
+            groups = zip(self.layers, self.pools, self.blocks_of(life.request), strict=True)
+            for layers, pool, blocks in groups:
                 assert [not block.is_null for block in blocks] == life.must_hold(layers)
-                held = [block.block_id for block in blocks if not block.is_null]
-                assert len(held) <= self.setup.bound(layers)
-                holders.update(held)
-            ids = [b.block_id for g in self.blocks_of(life.request) for b in g if not b.is_null]
-            assert len(ids) == len(set(ids)), "a request holds a block twice"
+                ids = [block.block_id for block in blocks if not block.is_null]
+                assert len(ids) <= self.setup.bound(layers)
+                held[pool] += ids
+            for pool, ids in held.items():
+                assert len(ids) == len(set(ids)), "a request holds a block twice"
+                holders[pool].update(ids)
         assert not any(any(self.blocks_of(request)) for request in self.waiting)
-        real = self.pool.blocks[1:]
-        assert [block.ref_cnt for block in real] == [holders[block.block_id] for block in real]
-        free = [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
-        assert len(free) == self.pool.get_num_free_blocks() == self.num_blocks - len(holders)
-        assert set(free).isdisjoint(holders)
-        assert len(set(free)) == len(free)
+        for pool, counts in holders.items():
+            real = pool.blocks[1:]
+            assert [block.ref_cnt for block in real] == [counts[block.block_id] for block in real]
+            free = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
+            assert len(free) == pool.get_num_free_blocks() == len(real) - len(counts)
+            assert set(free).isdisjoint(counts)
+            assert len(set(free)) == len(free)
+
+    def num_free(self) -> tuple[int, int]:
+        """Blocks of the device, and pages of the archive, if there is one."""
+        pages = 0 if self.setup.archive is None else self.pools[-1].get_num_free_blocks()
+        return self.pool.get_num_free_blocks(), pages
+
+    def num_in_all(self) -> tuple[int, int]:
+        archive = self.setup.archive
+        return self.num_blocks, 0 if archive is None else archive.num_pages
+
+    def fits(self, lacking: tuple[int, int]) -> bool:
+        return all(map(le, lacking, self.num_free()))
 
     def check_hit(
         self, request: Request, hit: tuple[list[KVCacheBlock], ...], num_hit: int
@@ -368,7 +445,7 @@ class Interleavings(RuleBasedStateMachine):
         def is_cached(g: int, entry: int) -> bool:
             end = (entry + 1) * self.layers[g].block_size
             block_hash = request.block_hashes[end // self.hash_size - 1]
-            return self.pool.get_cached_block(block_hash, [g]) is not None
+            return self.pools[g].get_cached_block(block_hash, [g]) is not None
 
         def can_hit(length: int) -> bool:
             return all(
@@ -387,10 +464,11 @@ class Interleavings(RuleBasedStateMachine):
         if self.all_ours and not self.setup.is_eagle:
             longer = range(num_hit + self.hit_size, request.num_tokens, self.hit_size)
             assert not any(map(can_hit, longer))
-        for group, blocks in zip(self.setup.groups, hit, strict=True):
-            needed = [group.layers.needed(entry, num_hit) for entry in range(len(blocks))]
-            assert len(blocks) * group.layers.block_size == num_hit
-            assert [not block.is_null for block in blocks] == needed or not group.is_ours
+        is_ours = [*(group.is_ours for group in self.setup.groups), True]
+        for layers, ours, blocks in zip(self.layers, is_ours, hit, strict=False):
+            needed = [layers.needed(entry, num_hit) for entry in range(len(blocks))]
+            assert len(blocks) * layers.block_size == num_hit
+            assert [not block.is_null for block in blocks] == needed or not ours
 
     # The scheduler's part.
 
@@ -431,29 +509,30 @@ class Interleavings(RuleBasedStateMachine):
         # What is freed counts as free: ask for it before, as `allocate_slots` does.
         self.kv.remove_skipped_blocks(request.request_id, life.first_query)
         self.check()
-        free = self.pool.get_num_free_blocks()
         lacking, _ = self.num_to_take(request, computed + num_new, self.blocks_of(request), 0)
+        fits = self.fits(lacking)
         slots = self.kv.allocate_slots(
             request, num_new, num_lookahead_tokens=self.setup.num_lookahead
         )
-        assert (slots is not None) == (lacking <= free), (lacking, free)
+        assert (slots is not None) == fits, (lacking, self.num_free())
         assert slots is not None or len(self.running) > 1, "no room with the pool for itself"
         return slots is not None
 
     def num_to_take(
         self, request: Request, end: int, blocks: tuple[list[KVCacheBlock], ...], num_hit: int
-    ) -> tuple[int, int]:
-        """Blocks that leave the free ones: for the tokens up to ``end``, and for the whole request
-        as far as it is known, in which no group exceeds its bound."""
-        first = whole = 0
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Blocks that leave the free ones, and pages: for the tokens up to ``end``, and for the
+        whole request as far as it is known, in which no group exceeds its bound."""
+        first, whole = [0, 0], [0, 0]
         end = min(end + self.setup.num_lookahead, self.setup.max_length)
-        for layers, entries in zip(self.layers, blocks, strict=True):
+        for layers, pool, entries in zip(self.layers, self.pools, blocks, strict=True):
+            which = int(pool is not self.pool)
             kept = [b for e, b in enumerate(entries) if layers.needed(e, num_hit) and num_hit]
             idle = sum(block.ref_cnt == 0 for block in kept)
-            first += max(0, layers.num_blocks(end) - len(entries)) + idle
+            first[which] += max(0, layers.num_blocks(end) - len(entries)) + idle
             lacking = layers.num_blocks(request.num_tokens) - len(entries)
-            whole += min(lacking, self.setup.bound(layers) - len(kept)) + idle
-        return first, whole
+            whole[which] += min(lacking, self.setup.bound(layers) - len(kept)) + idle
+        return (first[0], first[1]), (whole[0], whole[1])
 
     def scheduled(self, life: Life, num_sure: int, num_drafts: int) -> None:
         request, start = life.request, life.request.num_computed_tokens
@@ -494,20 +573,27 @@ class Interleavings(RuleBasedStateMachine):
         self.write_and_read(step, min(num_true, step.start + step.num_sure + num_accepted))
 
     def write_and_read(self, step: Step, true_end: int) -> None:
-        """Writes a mark of the whole prefix for every token, as a key is one; drafts that are
-        rejected and outputs that nobody waits for leave rubbish."""
-        marks = self.marks[step.life.request]
-        for token in step.life.request.all_token_ids[len(marks) : true_end]:
-            marks.append(hash((marks[-1] if marks else 0, token)))
-        for g, (layers, table) in enumerate(zip(self.layers, step.tables, strict=True)):
-            size = layers.block_size
+        """Writes a mark of the whole prefix for every token, as a key is one, and of which of its
+        rows looked into the middle; drafts that are rejected and outputs that nobody waits for
+        leave rubbish."""
+        request, archive = step.life.request, self.setup.archive
+        marks = self.marks[request]
+        first_row = request.num_prompt_tokens
+        if archive is not None:
+            first_row = max(first_row - archive.rows, self.first_with_a_middle)
+        for token in request.all_token_ids[len(marks) : true_end]:
+            looks = archive is not None and len(marks) >= first_row
+            marks.append(hash((marks[-1] if marks else 0, token, looks)))
+        groups = zip(self.layers, self.pools, step.tables, strict=True)
+        for g, (layers, pool, table) in enumerate(groups):
+            size, of_archive = layers.block_size, pool is not self.pool
             for position in range(step.start, step.start + step.num_tokens):
                 mark = marks[position] if position < true_end else 0
                 assert table[position // size] != 0, "written to the null block"
-                self.memory[table[position // size], position % size] = (g, mark)
+                self.memory[of_archive, table[position // size], position % size] = (g, mark)
             if step.start < true_end:
                 for seen in layers.visible(step.start, true_end - 1):
-                    slot = self.memory.get((table[seen // size], seen % size))
+                    slot = self.memory.get((of_archive, table[seen // size], seen % size))
                     assert slot == (g, marks[seen]), f"position {seen} isn't what was written"
 
     def stop(self, life: Life, why: str) -> None:
@@ -549,5 +635,7 @@ def test_interleavings() -> None:
         ),
     )
     print(dict(HAPPENED))
-    for what in ("hit", "refused", "no room", "preempted", "ended", "rejected", "evicted"):
+    of_an_archive = ("hit of an archive", "refused by the archive")
+    of_all = ("hit", "refused", "no room", "preempted", "ended", "rejected", "evicted")
+    for what in (*of_all, *of_an_archive):
         assert HAPPENED[what] > 0, f"nothing was ever {what}"
