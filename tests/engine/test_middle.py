@@ -138,6 +138,19 @@ class TestOneEngine:
         assert [a.num_cached for a in answers] == [0, 272]
         assert_equal_to_oracle(model, answers, lambda_pattern(llm), self.MIDDLE)
 
+    def test_the_next_turn_inside_the_window(self, llm: LLM, model: Path) -> None:
+        """No row of 45 tokens had a middle: what was generated is found again too."""
+        prompt = tokens(20)
+
+        def scenario() -> list:
+            (first,) = ask(llm, [prompt], 25)
+            turn = prompt + first.tokens + tokens(100, seed=1)
+            return [first, *ask(llm, [turn], 16)]
+
+        answers = assert_poison_changes_no_bit(llm, scenario)
+        assert [a.num_cached for a in answers] == [0, 32]
+        assert_equal_to_oracle(model, answers, lambda_pattern(llm), self.MIDDLE)
+
     def test_a_prefix_of_what_is_cached(self, llm: LLM, model: Path) -> None:
         """Its own last rows look, and those of the longer prompt at their places didn't: its 230
         first rows are 14 blocks."""

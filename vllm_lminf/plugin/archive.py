@@ -33,7 +33,7 @@ from vllm.v1.request import Request
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.kernels.archive import ArchiveFormat
 from vllm_lminf.middle import ALL_ROWS, Middle
-from vllm_lminf.pattern import Pattern, cdiv
+from vllm_lminf.pattern import LambdaPattern, Pattern, cdiv
 from vllm_lminf.plugin.config import LambdaConfig
 from vllm_lminf.plugin.kv_cache import LambdaSpec
 
@@ -244,25 +244,32 @@ def _rounded_up(num_bytes: int) -> str:
     return f"{cdiv(num_bytes * 100, _GIB) / 100:g}"
 
 
-def mark_rows_that_look(hasher: Hasher, middle: Middle, hash_block_size: int) -> Hasher:
+def mark_rows_that_look(
+    hasher: Hasher, middle: Middle, pattern: LambdaPattern, hash_block_size: int
+) -> Hasher:
     """Hashes of blocks that also say which of their rows looked into the middle.
 
     The keys and values of a row that looked aren't those of one that didn't, in all layers behind
     the first that recalls. Which rows look follows from the length of a request's prompt, so two
     requests may have the same tokens in a block, and not the same keys. Blocks from the first row
-    that looks on are therefore hashed with its position; those before it are shared as ever.
+    that looks on are therefore hashed with its position; those before it are shared as ever. A row
+    that has no middle behind it counts as one that doesn't look: while all of a conversation is
+    inside the window, its next turn finds all of it.
 
     Args:
         hasher: vLLM's: the hashes of a request's full blocks that have none yet.
         middle: what queries recall.
+        pattern: what hides it; the first query that has a middle is at n_global + n_local.
         hash_block_size: tokens that a hash covers.
     """
     if middle.rows == ALL_ROWS:
         return hasher
 
+    first_with_a_middle = pattern.n_global + pattern.n_local
+
     def hash_blocks(request: Request) -> list[BlockHash]:
         known = len(request.block_hashes)
-        first_row = middle.first_row(request.num_prompt_tokens)
+        first_row = max(middle.first_row(request.num_prompt_tokens), first_with_a_middle)
         unmarked = max(0, first_row // hash_block_size - known)
         hashes = hasher(request)
         mark = first_row.to_bytes(8, "little")

@@ -225,11 +225,11 @@ def _wrap_block_hashes() -> None:
         original(self, vllm_config, *args, **kwargs)
         if self.request_block_hasher is None or not _is_selected(vllm_config):
             return
-        middle = LambdaConfig.of(vllm_config).middle
-        if middle is not None:
+        resolved = LambdaConfig.of(vllm_config)
+        if resolved.middle is not None:
             pool = self.scheduler.kv_cache_manager.block_pool
             self.request_block_hasher = mark_rows_that_look(
-                self.request_block_hasher, middle, pool.hash_block_size
+                self.request_block_hasher, resolved.middle, resolved.pattern, pool.hash_block_size
             )
 
     wrap(EngineCore, "__init__", start)

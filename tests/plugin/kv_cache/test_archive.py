@@ -30,11 +30,12 @@ from vllm_lminf.plugin.kv_cache import LambdaSpec
 
 BLOCK = 4
 MIDDLE = Middle(2, distance=8, rows=3)
+PATTERN = LambdaPattern(2, 6, 6)
 
 
 def make_request(tokens: list[int], middle: Middle = MIDDLE) -> Request:
     init_none_hash(sha256)
-    hasher = mark_rows_that_look(get_request_block_hasher(BLOCK, sha256), middle, BLOCK)
+    hasher = mark_rows_that_look(get_request_block_hasher(BLOCK, sha256), middle, PATTERN, BLOCK)
     make_request.count += 1
     return Request(
         request_id=f"request-{make_request.count}",
@@ -74,6 +75,15 @@ class TestHashes:
         assert len(request.block_hashes) == 10
         assert request.block_hashes[:4] == whole.block_hashes[:4]
         assert not set(request.block_hashes[4:]) & set(whole.block_hashes)
+
+    def test_rows_without_a_middle_are_shared(self) -> None:
+        """Rows 2 to 4 of 5 look, and the first that sees anything there is row 8."""
+        request = make_request(list(range(5)))
+        for token in range(5, 16):
+            request.append_output_token_ids(token)
+        whole = make_request(list(range(30)))
+        assert request.block_hashes[:2] == whole.block_hashes[:2]
+        assert not set(request.block_hashes[2:]) & set(whole.block_hashes)
 
     def test_where_every_row_looks_all_is_shared(self) -> None:
         everywhere = Middle(2, distance=8, rows=ALL_ROWS)

@@ -42,6 +42,7 @@ from vllm.v1.request import Request
 from tests.plugin.kv_cache.model import Layers, Running
 from tests.plugin.kv_cache.simulation import make_spec
 from vllm_lminf.middle import ALL_ROWS, Middle
+from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.plugin.archive import ArchiveSpec, mark_rows_that_look
 
 DEFAULT_ACTIONS = 20_000
@@ -254,7 +255,10 @@ class Interleavings(RuleBasedStateMachine):
         if setup.archive is not None:
             assert self.pools[-1] is not self.pool
             middle = Middle(1, distance=1, rows=setup.archive.rows)
-            self.hasher = mark_rows_that_look(self.hasher, middle, self.hash_size)
+            ours = next(each.layers for each in setup.groups if each.is_ours)
+            self.first_with_a_middle = ours.n_global + ours.n_local
+            pattern = LambdaPattern(ours.n_global, ours.n_local, ours.n_local)
+            self.hasher = mark_rows_that_look(self.hasher, middle, pattern, self.hash_size)
         self.waiting: list[Request] = []
         self.running: list[Life] = []
         self.in_flight: deque[Step] = deque()
@@ -574,9 +578,11 @@ class Interleavings(RuleBasedStateMachine):
         leave rubbish."""
         request, archive = step.life.request, self.setup.archive
         marks = self.marks[request]
-        rows = ALL_ROWS if archive is None else archive.rows
+        first_row = request.num_prompt_tokens
+        if archive is not None:
+            first_row = max(first_row - archive.rows, self.first_with_a_middle)
         for token in request.all_token_ids[len(marks) : true_end]:
-            looks = len(marks) >= request.num_prompt_tokens - rows
+            looks = archive is not None and len(marks) >= first_row
             marks.append(hash((marks[-1] if marks else 0, token, looks)))
         groups = zip(self.layers, self.pools, step.tables, strict=True)
         for g, (layers, pool, table) in enumerate(groups):
