@@ -60,6 +60,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
+from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.plugin import speculation, wrapping
 from vllm_lminf.plugin.config import BACKEND_NAME
 from vllm_lminf.plugin.wrapping import wrap
