@@ -60,6 +60,8 @@ $(VLLM_CUDA)/vllm/__init__.py: requirements-vllm-cuda.txt tools/vllm_cuda_source
 
 demo: venv model  ## compare full attention and LM-Infinite on a book, far past the trained length
 	$(BIN)/vllm-lminf eval nll --model $(MODEL) --text $(TEXT) --output $(DEMO)
+	$(BIN)/vllm-lminf eval passkey --model $(MODEL) --lengths 12288 --depths 1 --keys 1 \
+		--systems lminf,middle --n-local 2048 --middle-top-k 16 --output $(DEMO)/passkey
 
 # What other compilers and other CPUs the kernels for CPUs are tested with, where Debian or Ubuntu
 # have them; a test whose compiler is missing is skipped, and says which.
