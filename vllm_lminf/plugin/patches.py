@@ -22,6 +22,9 @@ Wrapped functions:
 - ``vllm.v1.engine.core.EngineCore.__init__``: the hashes of blocks whose rows looked into the
   middle must differ from those of others. To file: let a KV cache spec add to the hash of a
   request's block what its contents depend on besides the tokens.
+- ``vllm.v1.engine.input_processor.InputProcessor.process_inputs``: a prompt whose length decides
+  which rows look into the middle must not grow once its request runs. To file: let a backend say
+  whether it serves streaming inputs, as `AsyncLLM._validate_resumable_request` asks of models.
 - ``vllm.v1.worker.gpu_model_runner.GPUModelRunner._build_attention_metadata``, where queries recall
   the middle: which of them do follows from the prompt's length. To file: hand
   `CommonAttentionMetadata.rswa_prefix_lens`, the prompts' lengths, to every backend.
@@ -60,6 +63,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
+from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.plugin import speculation, wrapping
 from vllm_lminf.plugin.config import BACKEND_NAME
 from vllm_lminf.plugin.wrapping import wrap
@@ -89,6 +93,7 @@ def install(prepare: Callable[[EngineArgs], Finish | None]) -> None:
     _wrap_cpu_platform()
     _wrap_pool_planning()
     _wrap_block_hashes()
+    _wrap_inputs()
     metrics.install()
 
 
@@ -233,6 +238,31 @@ def _wrap_block_hashes() -> None:
             )
 
     wrap(EngineCore, "__init__", start)
+
+
+def _wrap_inputs() -> None:
+    """Refuses a prompt that arrives in pieces, where it decides by its length which rows look into
+    the middle: those of a piece would have looked that aren't the last of the whole, and wouldn't
+    look again if the request were preempted."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_lminf.middle import ALL_ROWS
+    from vllm_lminf.plugin.config import LambdaConfig
+
+    def process(original: Callable[..., Any], self: InputProcessor, *args: Any, **kw: Any) -> Any:
+        if kw.get("resumable") and _is_selected(self.vllm_config):
+            resolved = LambdaConfig.of(self.vllm_config)
+            if resolved.middle is not None and resolved.middle.rows != ALL_ROWS:
+                raise UnsupportedError(
+                    [
+                        f"middle_rows {resolved.middle_rows}, and a prompt that arrives in pieces "
+                        "(streaming inputs): which rows are its last isn't known; set middle_rows "
+                        'to "all", or middle_top_k to 0'
+                    ]
+                )
+        return original(self, *args, **kw)
+
+    wrap(InputProcessor, "process_inputs", process)
 
 
 def wrap_prompt_lengths() -> None:
