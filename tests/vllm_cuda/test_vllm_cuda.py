@@ -21,6 +21,7 @@ TESTS = (
     "tests/plugin/backend/test_probe.py",
     "tests/plugin/kv_cache/test_manager.py",
     "tests/plugin/kv_cache/test_spec.py",
+    "tests/plugin/kv_cache/test_archive.py",
     "tests/plugin/test_metrics.py",
     "tests/plugin/test_register.py::TestHooks",
 )

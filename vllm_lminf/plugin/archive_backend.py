@@ -4,6 +4,8 @@ To vLLM an archive is one more layer beside the one that it serves, so that it g
 and a slot mapping of its own. Its memory is the host's.
 """
 
+import mmap
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -91,10 +93,9 @@ class RecallBatchBuilder(AttentionMetadataBuilder[Any]):
                 f"an archive of kind {kv_cache_spec}, in an engine that recalls {middle}"
             )
         self._middle = middle
-        # Memory that nobody has written to yet is address space alone.
         shape = kv_cache_spec.num_pages, kv_cache_spec.page_size_bytes
         for each in get_layers_from_vllm_config(vllm_config, Archive, layer_names).values():
-            each.pages = torch.empty(shape, dtype=torch.uint8)
+            each.pages = _allocate(*shape)
         log.info(
             vllm_config,
             "the middle is recalled in %d layers, from layer %d on: %s, scored at distance %d, by "
@@ -129,6 +130,17 @@ class RecallBatchBuilder(AttentionMetadataBuilder[Any]):
             slot_mapping=common.slot_mapping[: common.num_actual_tokens],
             first_rows=archive.first_rows(self._middle, lens[: common.num_reqs]),
         )
+
+
+def _allocate(num_pages: int, page_bytes: int) -> torch.Tensor:
+    """Pages that are address space alone until somebody writes to them; uint8 [num_pages,
+    page_bytes]. A search reads them in long runs: huge pages of the system's, where it has them,
+    spare most of the lookups of addresses."""
+    memory = mmap.mmap(-1, num_pages * page_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(num_pages, page_bytes)
 
 
 def _units(middle: Middle) -> str:

@@ -211,6 +211,11 @@ def _middle_reasons(config: "VllmConfig", settings: Settings) -> list[str]:
     """What doesn't go with a middle that is recalled."""
     model, first = config.model_config, settings.middle_from_layer
     reasons = []
+    if (device := config.device_config.device_type) != "cpu":
+        reasons.append(
+            f"a model on {device}: what is recalled lies in an archive in host memory, which only "
+            "the CPU's engine reads so far; set middle_top_k to 0"
+        )
     num_layers = model.get_total_num_hidden_layers()
     windows = trained_length.layers_with_windows(model, config.cache_config.sliding_window)
     if first > num_layers:

@@ -179,7 +179,7 @@ def test_other_settings_in_the_same_folder_are_refused(
     jobs.clear()
     for options, words in (
         (["--dtype", "float32"], "dtype was 'bfloat16' and is now 'float32'"),
-        (["--n-local", "512"], "'n_local': None"),
+        (["--n-local", "512"], "lminf: n_local was None and is now 512"),
     ):
         assert main(arguments(tmp_path, *options)) == 1
         errors = capsys.readouterr().err
@@ -187,7 +187,7 @@ def test_other_settings_in_the_same_folder_are_refused(
         assert "Give another --output" in errors
     monkeypatch.setenv("VLLM_LMINF_N_GLOBAL", "4")
     assert main(arguments(tmp_path)) == 1
-    assert "'n_global': 4" in capsys.readouterr().err
+    assert "n_global was 10 and is now 4" in capsys.readouterr().err
     assert not jobs
 
 

@@ -10,7 +10,7 @@ from vllm_lminf.cli.passkey.task import Cell
 from vllm_lminf.errors import CliError
 
 CELLS = [Cell(1024, 0.5, "12345"), Cell(1024, 1.0, "54321")]
-MODEL = {"lminf": {"model": "m", "lminf": {"n_local": 64}}}
+MODEL = {"lminf": {"model": "m", "n_local": 64}}
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_another_system_joins(tmp_path: Path) -> None:
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     AnswersFile(path, MODEL)
-    other = {"lminf": {"model": "m", "lminf": {"n_local": 128}}}
-    with pytest.raises(CliError, match=r"lminf was \{'n_local': 64\} and is now \{'n_local': 128"):
+    other = {"lminf": {"model": "m", "n_local": 128}}
+    with pytest.raises(CliError, match="lminf: n_local was 64 and is now 128"):
         AnswersFile(path, other)
     with pytest.raises(CliError, match="model was 'm' and is now 'other'"):
         AnswersFile(path, {"lminf": {**MODEL["lminf"], "model": "other"}})

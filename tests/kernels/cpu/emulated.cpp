@@ -53,7 +53,7 @@ LminfLayer read_layer() {
   return layer;
 }
 
-void attention() {
+LminfBatch read_batch() {
   LminfBatch batch = read<LminfBatch>();
   translate(batch.query_start_loc);
   translate(batch.seq_lens);
@@ -62,8 +62,56 @@ void attention() {
   translate(batch.query_sin);
   translate(batch.key_cos);
   translate(batch.key_sin);
+  return batch;
+}
+
+LminfRecall read_recall() {
+  LminfRecall recall = read<LminfRecall>();
+  translate(recall.block_table);
+  translate(recall.slots);
+  translate(recall.first_rows);
+  translate(recall.key_cos);
+  translate(recall.key_sin);
+  translate(recall.query_cos);
+  translate(recall.query_sin);
+  return recall;
+}
+
+LminfArchive read_archive() {
+  LminfArchive archive = read<LminfArchive>();
+  translate(archive.pages);
+  return archive;
+}
+
+void attention() {
+  const LminfBatch batch = read_batch();
   const LminfLayer layer = read_layer();
   lminf_attention(&batch, &layer);
+}
+
+void attend_and_recall() {
+  const LminfBatch batch = read_batch();
+  const LminfLayer layer = read_layer();
+  const LminfRecall recall = read_recall();
+  const LminfArchive archive = read_archive();
+  lminf_attend_and_recall(&batch, &layer, &recall, &archive);
+}
+
+void write_archive() {
+  struct {
+    const void* key;
+    int64_t key_stride;
+    const void* value;
+    int64_t value_stride;
+  } given;
+  const LminfLayer layer = read_layer();
+  const LminfRecall recall = read_recall();
+  const LminfArchive archive = read_archive();
+  read(&given, sizeof given);
+  translate(given.key);
+  translate(given.value);
+  lminf_write_archive(&layer, &recall, &archive, given.key, given.key_stride, given.value,
+                      given.value_stride);
 }
 
 void write_cache() {
@@ -112,6 +160,8 @@ int main() {
     if (function == 0) attention();
     if (function == 1) write_cache();
     if (function == 2) rotate();
+    if (function == 3) attend_and_recall();
+    if (function == 4) write_archive();
     for (const Region& region : regions) {
       if (region.is_written) std::fwrite(region.data, 1, region.size, stdout);
     }

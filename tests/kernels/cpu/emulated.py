@@ -39,13 +39,53 @@ class Emulated:
 
     def lminf_attention(self, batch_reference: Any, layer_reference: Any) -> None:
         batch, layer = batch_reference._obj, layer_reference._obj
+        self._call(0, self._attended(batch, layer), bytes(batch) + bytes(layer))
+
+    def lminf_attend_and_recall(
+        self,
+        batch_reference: Any,
+        layer_reference: Any,
+        recall_reference: Any,
+        archive_reference: Any,
+    ) -> None:
+        batch, layer = batch_reference._obj, layer_reference._obj
+        recall, archive = recall_reference._obj, archive_reference._obj
+        regions = self._attended(batch, layer)
+        regions += self._recalled(recall, archive, batch.num_requests)
+        self._call(3, regions, b"".join(map(bytes, (batch, layer, recall, archive))))
+
+    def lminf_write_archive(
+        self,
+        layer_reference: Any,
+        recall_reference: Any,
+        archive_reference: Any,
+        key: int,
+        key_stride: int,
+        value: int,
+        value_stride: int,
+    ) -> None:
+        # Without the tensors of the last attention, if there was one.
+        layer = _without_tensors(layer_reference._obj)
+        recall, archive = recall_reference._obj, archive_reference._obj
+        width = layer.num_kv_heads * layer.head_size
+        regions = [
+            (key, self._rows(recall.num_tokens, key_stride, width), False),
+            (value, self._rows(recall.num_tokens, value_stride, width), False),
+            *self._recalled(recall, archive, 0, is_written=True),
+            *self._rules(layer),
+        ]
+        rest = bytes((ctypes.c_int64 * 4)(key, key_stride, value, value_stride))
+        self._call(4, regions, b"".join(map(bytes, (layer, recall, archive))) + rest)
+
+    def _attended(self, batch: Any, layer: Any) -> list[tuple[int | None, int, bool]]:
+        """What attention refers to."""
         requests, entries = batch.num_requests, batch.num_requests * batch.block_table_stride
         start = (ctypes.c_int32 * (requests + 1)).from_address(batch.query_start_loc)
         table = (ctypes.c_int32 * entries).from_address(batch.block_table)
         width = layer.num_heads * layer.head_size
         angles = 4 * start[requests] * batch.rotary_half
         columns = 4 * batch.rotary_half * batch.key_stride
-        regions = [
+        return [
             (batch.query_start_loc, 4 * len(start), False),
             (batch.seq_lens, 4 * requests, False),
             (batch.block_table, 4 * entries, False),
@@ -58,7 +98,26 @@ class Emulated:
             (layer.kv_cache, self._blocks(layer, max(table, default=0)), False),
             *self._rules(layer),
         ]
-        self._call(0, regions, bytes(batch) + bytes(layer))
+
+    def _recalled(
+        self, recall: Any, archive: Any, num_requests: int, is_written: bool = False
+    ) -> list[tuple[int | None, int, bool]]:
+        """What a step with an archive refers to; of requests, so many."""
+        entries = num_requests * recall.block_table_stride
+        table = (ctypes.c_int32 * entries).from_address(recall.block_table)
+        slots = (ctypes.c_int64 * recall.num_tokens).from_address(recall.slots)
+        last = max([*table, *(slot // archive.block_size for slot in slots)], default=-1)
+        angles = 4 * recall.num_tokens * recall.rotary_half
+        return [
+            (recall.block_table, 4 * entries, False),
+            (recall.slots, 8 * recall.num_tokens, False),
+            (recall.first_rows, 4 * num_requests, False),
+            (recall.key_cos, angles, False),
+            (recall.key_sin, angles, False),
+            (recall.query_cos, angles, False),
+            (recall.query_sin, angles, False),
+            (archive.pages, (last + 1) * archive.page_bytes, is_written),
+        ]
 
     def lminf_write_cache(
         self,
@@ -126,6 +185,13 @@ class Emulated:
                 if len(content) != size:
                     raise RuntimeError(f"the emulated process ended: {self._process.wait()}")
                 ctypes.memmove(address, content, size)
+
+
+def _without_tensors(layer: Any) -> Any:
+    """A copy of what is said of a layer, without this step's tensors and its cache."""
+    copy = type(layer).from_buffer_copy(layer)
+    copy.query = copy.output = copy.kv_cache = None
+    return copy
 
 
 def _joined(regions: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:

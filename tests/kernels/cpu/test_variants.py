@@ -13,8 +13,11 @@ import pytest
 from vllm_lminf.kernels.cpu import build
 
 HERE = Path(__file__).parent
+FILES = HERE / "test_kernel.py", HERE / "test_recall.py"
 # Unaligned rows, poisoned caches, splits, far rotations, rules; some of each.
 SELECTION = "apart or slots or queries or rotation or rules or threads or (decode and h9)"
+# Units of both kinds, groups of heads of all sizes, segments, the index.
+SELECTION += " or (test_recall and (h9 or h14 or across or segments or lower or radius))"
 
 
 def run_tests(flags: str, cache: Path, selection: str = SELECTION, **environ: str) -> None:
@@ -25,7 +28,7 @@ def run_tests(flags: str, cache: Path, selection: str = SELECTION, **environ: st
 
 def run_selection(command: list[str], selection: str, environ: dict[str, str]) -> str:
     result = subprocess.run(
-        [*command, str(HERE / "test_kernel.py"), "-k", selection],
+        [*command, *map(str, FILES), "-k", selection],
         env=environ,
         cwd=HERE.parents[2],
         capture_output=True,
@@ -66,6 +69,7 @@ def test_without_the_newest_instructions(instructions: str, tmp_path: Path) -> N
 COMPILERS = [f"g++-{n}" for n in range(10, 15)] + [f"clang++-{n}" for n in range(14, 20)]
 # Some of each of the above, once more: what differs between compilers shows anywhere.
 FEWER = "apart or (rotation and 48 and not 700) or (rules and sinks and 48) or (decode and h9)"
+FEWER += " or (test_recall and (h9 or across or lower or (radius and growing)))"
 
 
 def skip_without(*commands: str) -> None:

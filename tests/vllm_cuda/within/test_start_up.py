@@ -70,6 +70,7 @@ class TestEnvironment:
             "EngineCore.__init__",
             "InputProcessor.process_inputs",
             "vllm.v1.engine.core.get_kv_cache_configs",
+            "EngineCore.__init__",
         }
 
 
@@ -96,6 +97,13 @@ class TestConfiguration:
             draft = config.speculative_config
             assert draft.attention_backend is patches.backend_member()
             assert draft.draft_model_config.max_model_len == 100_000
+
+    def test_the_middle_is_recalled_on_cpus_alone(self, model_path: str) -> None:
+        section = {"lminf": {"n_local": 4096, "middle_top_k": 16}}
+        with pytest.raises(UnsupportedError, match="middle_top_k 16, and a model on cuda"):
+            EngineArgs(
+                model=model_path, attention_backend="LMINF", additional_config=section
+            ).create_engine_config()
 
     def test_what_is_served_nowhere(self, model_path: str) -> None:
         with pytest.raises(UnsupportedError) as refusal:

@@ -191,7 +191,9 @@ def main() -> None:
         job = AskingJob(**data)
         answers.send("phase", text="starting")
         prompts = PromptBuilder(get_tokenizer(job.model))
-        prompts.prompt(Cell(*min(job.cells)))  # what has no room is refused before an engine starts
+        # A length that can't be filled is refused before an engine starts.
+        for item in {item[0]: item for item in job.cells}.values():
+            prompts.prompt(Cell(*item))
         if job.url is None:
             replies = ask_engine(start(job), job, prompts)
         else:

@@ -271,8 +271,7 @@ def answers_depend_on(job: AskingJob) -> dict[str, Any]:
     """Return what a system's answers depend on beside their cells, variables of LMINF included."""
     names = ("model", "dtype", "window", "url", "served_model")
     settings = {name: getattr(job, name) for name in names}
-    settings["lminf"] = None if job.lminf is None else asdict(read_settings(job.lminf))
-    return settings
+    return settings if job.lminf is None else settings | asdict(read_settings(job.lminf))
 
 
 def ask(

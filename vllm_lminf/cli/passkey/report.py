@@ -167,7 +167,7 @@ def draw(outcome: Outcome, system: System, path: Path) -> None:
     for row, values in enumerate(grid):
         for column, value in enumerate(values):
             text = "" if value != value else f"{value:.2f}"
-            color = "white" if value in (0, 1) else "black"
+            color = "white" if abs(value - 0.5) > 0.35 else "black"  # on dark ends
             axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
     axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])

@@ -52,6 +52,7 @@ class AnswersFile:
 
     def __init__(self, path: Path, depend_on: Mapping[Any, Mapping[str, Any]]) -> None:
         self._path = path
+        depend_on = json.loads(json.dumps(depend_on))  # as it will be read again
         self._answers: dict[tuple[str, Cell], str] = {}
         before = self._read() if path.exists() else {}
         problems = [
@@ -67,8 +68,9 @@ class AnswersFile:
                 f"{path} holds answers with other settings:\n{lines}\n"
                 "Give another --output, or the settings of before to go on with them"
             )
-        for system in depend_on.keys() - before.keys():
-            self._append({"system": system, "depends_on": depend_on[system]})
+        for system, now in depend_on.items():
+            if system not in before:
+                self._append({"system": system, "depends_on": now})
 
     def add(self, system: str, cell: Cell, answer: str) -> None:
         """Keep an answer."""

@@ -118,6 +118,9 @@ inline float rounded_up(double x) {
   return nearest < x ? std::nextafter(nearest, std::numeric_limits<float>::infinity()) : nearest;
 }
 
+// To the nearest whole number, of a size up to 2**50.
+inline double rounded(double x) { return (x + 0x1.8p52) - 0x1.8p52; }
+
 // The length of a vector, in double. Sums of their own for each lane, so that compilers use vectors.
 inline double length(const double* x, int64_t size) {
   double sums[kLanes] = {}, sum = 0.0;
@@ -126,6 +129,18 @@ inline double length(const double* x, int64_t size) {
   }
   for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
   return std::sqrt(sum);
+}
+
+// The largest element of a vector, by its size; anything where one is NaN.
+inline double largest_size(const double* x, int64_t size) {
+  double largest[kLanes] = {};
+  for (int64_t d = 0; d < size; d += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const double here = std::abs(x[d + lane]);
+      largest[lane] = here > largest[lane] ? here : largest[lane];
+    }
+  }
+  return *std::max_element(largest, largest + kLanes);
 }
 
 // Makes the index of a page's head from the keys as they are stored.
@@ -151,31 +166,32 @@ void write_index(const Pages<T>& pages, int64_t page, int64_t head) {
   for (int64_t d = 0; d < head_size; ++d) shift[d] = centre[d];
   const double centre_length = length(shift, head_size);
   std::vector<float> widened(head_size);
+  std::vector<int8_t> coded_row(head_size);
   for (int64_t key = 0; key < block_size; ++key) {
     for (int64_t d = 0; d < head_size; d += kLanes) {
       store(&widened[d], T::widen(keys + key * head_size + d));
     }
-    double largest = 0.0;
     for (int64_t d = 0; d < head_size; ++d) {
       rest[d] = static_cast<double>(widened[d]) - shift[d];
-      largest = std::max(largest, std::abs(rest[d]));
     }
+    const double largest = largest_size(rest, head_size);
     const double plain = length(rest, head_size);
     // With a scale of 0 the rest is all of it.
     float scale = static_cast<float>(largest / kCodeLimit);
     const bool known = centre_length + 4.0 * plain <= 0x1p60;  // not so for NaN
     if (!known || scale < kUnderflow) scale = 0.0f;
     const double inverse = scale == 0.0f ? 0.0 : 1.0 / scale;
-    int8_t* to = codes + code_index(key, 0, head_size);
     for (int64_t d = 0; d < head_size; ++d) {
-      double code = 0.0;
-      if (scale != 0.0f) {
-        code = std::min<double>(kCodeLimit, std::max<double>(-kCodeLimit, rest[d] * inverse));
-        code = (code + 0x1.8p52) - 0x1.8p52;  // to the nearest integer
-      }
+      const double bounded = std::min<double>(
+          kCodeLimit, std::max<double>(-kCodeLimit, known ? rest[d] * inverse : 0.0));
+      const double code = rounded(bounded);
       whole[d] = code * scale;
       rest[d] -= whole[d];
-      to[d / 2 * 2 * kLanes + d % 2] = static_cast<int8_t>(code);
+      coded_row[d] = static_cast<int8_t>(static_cast<int32_t>(code));
+    }
+    int8_t* to = codes + code_index(key, 0, head_size);
+    for (int64_t pair = 0; pair < head_size / 2; ++pair) {
+      std::memcpy(to + pair * 2 * kLanes, &coded_row[2 * pair], 2);
     }
     const double left = length(rest, head_size), coded = length(whole, head_size);
     const double sizes = centre_length + coded + left;

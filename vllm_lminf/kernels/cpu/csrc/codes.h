@@ -22,6 +22,7 @@ constexpr int kSumLanes = 8;
 constexpr int kSumLanes = 4;
 #endif
 constexpr int kSumParts = kLanes / kSumLanes;
+typedef int32_t NativeSums __attribute__((vector_size(4 * kSumLanes)));
 
 // The arithmetic of one part of 16 lanes: `Codes` are two codes a lane as 16 bits, `widen` reads
 // them, and `add` adds their products with a pair of a query's elements, the lower one first.
@@ -77,39 +78,38 @@ inline SumPart add_codes(SumPart sum, Codes codes, int32_t pair) {
 }
 #endif
 
-struct Sums {
-  SumPart part[kSumParts];
-};
-
-inline Floats to_floats(const Sums& sums) {
-  struct {
-    NativeInts part[kParts];
-  } ints;
-  static_assert(sizeof ints == sizeof sums, "16 lanes of 32 bits");
-  std::memcpy(&ints, &sums, sizeof ints);
-  return each([&](int p) { return __builtin_convertvector(ints.part[p], NativeFloats); });
-}
-
-// sums[row][g] for `rows` queries and `groups` groups of 16 keys.
+// products[row][g] for `rows` queries and `groups` groups of 16 keys. Meanwhile as much is fetched
+// from `next` on as the codes take.
 template <int rows, int groups>
-inline __attribute__((always_inline)) void multiply_codes(const int32_t* pairs,
-                                                          int64_t pairs_stride,
-                                                          const int8_t* codes, int64_t num_pairs,
-                                                          Sums (&sums)[rows][groups]) {
-  std::memset(&sums, 0, sizeof sums);
-  for (int64_t step = 0; step < num_pairs; ++step) {
-#pragma GCC unroll 8
+inline void multiply_codes(const int32_t* pairs, int64_t pairs_stride, const int8_t* codes,
+                           int64_t num_pairs, const int8_t* next,
+                           Floats (&products)[rows][groups]) {
+  constexpr int64_t line = 64;  // bytes that are fetched at once: two steps of a group
+  NativeSums sums[rows][groups * kSumParts] = {};
+  for (int64_t step = 0; step < num_pairs; step += 2) {
     for (int g = 0; g < groups; ++g) {
-#pragma GCC unroll 4
-      for (int p = 0; p < kSumParts; ++p) {
-        const Codes part =
-            widen_codes(codes + 2 * (kLanes * (g * num_pairs + step) + p * kSumLanes));
-#pragma GCC unroll 6
-        for (int row = 0; row < rows; ++row) {
-          sums[row][g].part[p] =
-              add_codes(sums[row][g].part[p], part, pairs[row * pairs_stride + step]);
+      __builtin_prefetch(next + (step / 2 * groups + g) * line);
+      for (int s = 0; s < 2; ++s) {
+        for (int p = 0; p < kSumParts; ++p) {
+          const Codes part = widen_codes(
+              codes + 2 * (kLanes * (g * num_pairs + step + s) + p * kSumLanes));
+          for (int row = 0; row < rows; ++row) {
+            NativeSums& sum = sums[row][g * kSumParts + p];
+            sum = reinterpret_cast<NativeSums>(add_codes(
+                reinterpret_cast<SumPart>(sum), part, pairs[row * pairs_stride + step + s]));
+          }
         }
       }
+    }
+  }
+  for (int row = 0; row < rows; ++row) {
+    for (int g = 0; g < groups; ++g) {
+      NativeSums whole[kSumParts];
+      for (int p = 0; p < kSumParts; ++p) whole[p] = sums[row][g * kSumParts + p];
+      products[row][g] = each([&](int p) {
+        const char* from = reinterpret_cast<const char*>(whole) + p * sizeof(NativeInts);
+        return __builtin_convertvector(read<NativeInts>(from), NativeFloats);
+      });
     }
   }
 }

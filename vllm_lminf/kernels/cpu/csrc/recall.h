@@ -37,7 +37,7 @@ namespace lminf {
 constexpr int64_t kTileLines = 24;         // lines of a tile; a line is one head of one query
 constexpr int64_t kSegment = 4096;         // keys of a segment
 constexpr size_t kTilesWithSegments = 64;  // more tiles than that aren't cut
-constexpr int64_t kPending = 64;           // candidates that are gathered before some are dropped
+constexpr int64_t kPending = 32;           // candidates that are gathered before some are dropped
 constexpr int kMaxChunk = 8;               // groups of 16 keys that are scanned at once
 
 // Groups of keys for a number of lines, so that sums fill the registers.
@@ -84,8 +84,17 @@ struct Candidate {
 };
 
 // The order in which units are recalled, by exact scores.
-inline bool is_better(const Candidate& a, const Candidate& b) {
-  return a.low > b.low || (a.low == b.low && a.unit < b.unit);
+struct IsBetter {
+  bool operator()(const Candidate& a, const Candidate& b) const {
+    return a.low > b.low || (a.low == b.low && a.unit < b.unit);
+  }
+};
+
+// Leaves the k best of candidates whose scores are exact.
+inline void keep_best(std::vector<Candidate>& candidates, int64_t top_k) {
+  if (static_cast<int64_t>(candidates.size()) <= top_k) return;
+  std::nth_element(candidates.begin(), candidates.begin() + top_k, candidates.end(), IsBetter());
+  candidates.resize(top_k);
 }
 
 struct RecallTile {
@@ -125,19 +134,24 @@ class Searcher {
         capacity_(std::min<int64_t>(recall.top_k, std::numeric_limits<int32_t>::max()) +
                   kPending) {}
 
-  // The best units of a segment for every list of the tile, best first; fewer than k where others
+  // The best units of a segment for every list of the tile, in any order; fewer than k where others
   // are better. A list belongs to a line, or to a query where heads have their units in common.
   // `thresholds` has one for every list.
   void search(const RecallTile& tile, Interval keys, Threshold* thresholds,
               std::vector<Candidate>* found) {
-    tile_ = &tile;
     shared_ = thresholds;
-    num_lines_ = tile.num_queries * group_size_;
-    num_lists_ = by_key_ ? num_lines_ : tile.num_queries;
-    read_queries();
+    if (tile_ != &tile) {
+      tile_ = &tile;
+      num_lines_ = tile.num_queries * group_size_;
+      num_lists_ = by_key_ ? num_lines_ : tile.num_queries;
+      read_queries();
+    }
     lists_.resize(num_lists_);
     for (std::vector<Candidate>& list : lists_) list.clear();
-    thresholds_.assign(num_lists_, kMinusInfinity);
+    thresholds_.resize(num_lists_);
+    for (int64_t list = 0; list < num_lists_; ++list) {
+      thresholds_[list] = thresholds[list].load(std::memory_order_relaxed);
+    }
     if (!by_key_) {
       chunk_low_.resize(num_lists_ * kMaxChunk);
       chunk_high_.resize(num_lists_ * kMaxChunk);
@@ -175,30 +189,25 @@ class Searcher {
     length_.resize(num_lines_);
     shift_.resize(num_lines_);
     std::vector<double> exact(head_size);
+    std::vector<int16_t> whole(head_size);
     for (int64_t line = 0; line < num_lines_; ++line) {
       float* query = &query_[line * head_size];
       read_recalling_query<T>(layer_, recall_, tile_->first_token + line / group_size_,
                               tile_->kv_head * group_size_ + line % group_size_, query);
-      double largest = 0.0;
-      for (int64_t d = 0; d < head_size; ++d) {
-        exact[d] = query[d];
-        largest = std::max(largest, std::abs(exact[d]));
-      }
+      std::copy_n(query, head_size, exact.begin());
+      const double largest = largest_size(exact.data(), head_size);
       const double size = length(exact.data(), head_size);
       const bool known = size == 0.0 || (size >= 0x1p-80 && size <= 0x1p60);  // not so for NaN
       scale_[line] = known ? static_cast<float>(largest / kQueryLimit)
                            : std::numeric_limits<float>::quiet_NaN();
       length_[line] = rounded_up(size);
       const double inverse = known && size > 0.0 ? 1.0 / scale_[line] : 0.0;
-      for (int64_t d = 0; d < head_size; d += 2) {
-        int64_t whole[2] = {};
-        for (int e = 0; e < 2 && known; ++e) {
-          whole[e] = std::clamp<int64_t>(std::llrint(exact[d + e] * inverse), -kQueryLimit,
-                                         kQueryLimit);
-        }
-        pairs_[(line * head_size + d) / 2] = static_cast<int32_t>(
-            static_cast<uint32_t>(whole[1]) << 16 | (static_cast<uint32_t>(whole[0]) & 0xffffu));
+      for (int64_t d = 0; d < head_size; ++d) {
+        const double bounded = std::min<double>(
+            kQueryLimit, std::max<double>(-kQueryLimit, known ? exact[d] * inverse : 0.0));
+        whole[d] = static_cast<int16_t>(static_cast<int32_t>(rounded(bounded)));
       }
+      std::memcpy(&pairs_[line * head_size / 2], whole.data(), head_size * sizeof(int16_t));
     }
   }
 
@@ -245,8 +254,10 @@ class Searcher {
     for (int64_t line = 0; line < num_lines_; ++line) {
       shift_[line] = product<Float32>(&query_[line * head_size], centre, head_size);
     }
-    const int8_t* next = next_page < 0 ? nullptr : pages_.codes(next_page, head);
-    if (next != nullptr) {
+    // What is scanned next is fetched meanwhile; behind the last page, what is there already.
+    const int8_t* next = codes;
+    if (next_page >= 0) {
+      next = pages_.codes(next_page, head);
       prefetch(pages_.scales(next_page, head), pages_.block_size * sizeof(float));
       prefetch(pages_.radii(next_page, head), pages_.block_size * sizeof(float));
       prefetch(pages_.centre(next_page, head), head_size * sizeof(float));
@@ -257,10 +268,6 @@ class Searcher {
     while (begin < end) {
       const int64_t groups = (end - begin) / kLanes >= chunk ? chunk : 1;
       const int64_t step = groups * kLanes * head_size;
-      if (next != nullptr) {
-        prefetch(next, step);
-        next += step;
-      }
       for (int64_t line = 0; line < num_lines_; line += lines_at_once) {
         const int64_t lines = std::min(lines_at_once, num_lines_ - line);
         with_rows(lines, [&](auto count) {
@@ -268,9 +275,11 @@ class Searcher {
           constexpr int most = chunk_for<count()>();
           int64_t g = 0;
           for (; g + most <= groups; g += most) {
-            scan_chunk<count(), most>(line, begin, g, codes, scales, radii);
+            scan_chunk<count(), most>(line, begin, g, codes, scales, radii, next);
           }
-          for (; g < groups; ++g) scan_chunk<count(), 1>(line, begin, g, codes, scales, radii);
+          for (; g < groups; ++g) {
+            scan_chunk<count(), 1>(line, begin, g, codes, scales, radii, next);
+          }
         });
       }
       if (!by_key_) {
@@ -278,6 +287,7 @@ class Searcher {
       }
       begin += groups * kLanes;
       codes += step;
+      next += step;
       scales += groups * kLanes;
       radii += groups * kLanes;
     }
@@ -292,11 +302,12 @@ class Searcher {
   // `groups` groups from group `first` on, of a chunk that begins at a position.
   template <int lines, int groups>
   void scan_chunk(int64_t first_line, int64_t position, int64_t first, const int8_t* codes,
-                  const float* scales, const float* radii) {
+                  const float* scales, const float* radii, const int8_t* next) {
     const int64_t head_size = layer_.head_size;
-    Sums sums[lines][groups];
+    Floats products[lines][groups];
     multiply_codes<lines, groups>(&pairs_[first_line * head_size / 2], head_size / 2,
-                                  codes + first * kLanes * head_size, head_size / 2, sums);
+                                  codes + first * kLanes * head_size, head_size / 2,
+                                  next + first * kLanes * head_size, products);
     for (int l = 0; l < lines; ++l) {
       const int64_t line = first_line + l;
       const Floats scale = broadcast(scale_[line]), shift = broadcast(shift_[line]);
@@ -304,7 +315,7 @@ class Searcher {
       for (int g = 0; g < groups; ++g) {
         const int64_t group = first + g;
         const Floats estimate =
-            multiply_add(shift, load(scales + group * kLanes), to_floats(sums[l][g]) * scale);
+            multiply_add(shift, load(scales + group * kLanes), products[l][g] * scale);
         const Floats bound = multiply_add(underflow, size, load(radii + group * kLanes));
         const Floats high = estimate + bound;
         if (by_key_) {
@@ -420,7 +431,7 @@ class Searcher {
     return static_cast<int64_t>(candidates.size());
   }
 
-  // Leaves the k best, in their order, with exact scores.
+  // Leaves the k best, with exact scores.
   void select_exactly(int64_t list) {
     std::vector<Candidate>& candidates = lists_[list];
     drop_by_bounds(list);
@@ -434,10 +445,11 @@ class Searcher {
       each.low = each.high = score(list, each.unit);
       each.is_exact = true;
     }
-    const int64_t count = std::min<int64_t>(recall_.top_k, candidates.size());
-    std::partial_sort(candidates.begin(), candidates.begin() + count, candidates.end(), is_better);
-    candidates.resize(count);
-    if (count == recall_.top_k) raise_threshold(list, candidates.back().low);
+    keep_best(candidates, recall_.top_k);
+    if (static_cast<int64_t>(candidates.size()) < recall_.top_k) return;
+    float worst = kInfinity;
+    for (const Candidate& each : candidates) worst = std::min(worst, each.low);
+    raise_threshold(list, worst);
   }
 
   // Tells other segments, and learns what they know.
@@ -642,8 +654,8 @@ class Recalled {
         all.insert(all.end(), more.begin(), more.end());
         std::vector<Candidate>().swap(more);
       }
-      const int64_t count = std::min<int64_t>(recall_.top_k, all.size());
-      std::partial_sort(all.begin(), all.begin() + count, all.end(), is_better);
+      keep_best(all, recall_.top_k);
+      const int64_t count = static_cast<int64_t>(all.size());
       const int64_t row = tile.first_row + list / lists_to_a_key_head;
       const int64_t at = row * lists_to_a_row_ + tile.kv_head * lists_to_a_key_head +
                          list % lists_to_a_key_head;
