@@ -5,6 +5,7 @@ where nothing else runs.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from tests.engine.traffic import (
     submit,
     tokens,
 )
+from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 
@@ -47,11 +49,11 @@ PROMPT = tokens(300)
 
 class TestRequests:
     """Blocks of 16, prompts in chunks of 128, of which the last 20 rows look. The archive
-    holds 1,600 tokens, and the device's pool many more."""
+    holds 960 tokens, and the device's pool many more."""
 
     MIDDLE = Middle(4, distance=30, rows=20, from_layer=2)
     MAX_MODEL_LEN = 600
-    PAGES = 101
+    PAGES = 61
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -193,9 +195,9 @@ class TestRequests:
 
     def test_priorities(self, llm: LLM, model: Path) -> None:
         """Requests that count for more take the archive's pages from those that run."""
-        prompts = [tokens(300 + 20 * n, seed=n) for n in range(6)]
+        prompts = [tokens(280 + 10 * n, seed=n) for n in range(4)]
         for number, prompt in enumerate(prompts):
-            submit(llm, str(number), prompt, 150, priority=-number)
+            submit(llm, str(number), prompt, 60, priority=-number)
         answers, preempted = {}, set()
         while llm.llm_engine.has_unfinished_requests():
             answers |= step(llm)
@@ -205,7 +207,19 @@ class TestRequests:
         assert min(preempted) > -len(prompts) + 1
         together = [answers[str(n)] for n in range(len(prompts))]
         assert_equal_to_oracle(model, [together[0], together[-1]], PATTERN, self.MIDDLE)
-        assert [a.tokens for a in together] == [a.tokens for a in alone(llm, prompts, 150)]
+        assert [a.tokens for a in together] == [a.tokens for a in alone(llm, prompts, 60)]
+
+    def test_a_prompt_that_arrives_in_pieces(self, llm: LLM) -> None:
+        """Refused, since its length says which rows look."""
+        process = llm.llm_engine.input_processor.process_inputs
+        prompt = {"type": "token", "prompt_token_ids": PROMPT}
+        for resumable in (False, True):
+            with (
+                pytest.raises(UnsupportedError, match="middle_rows 20, and a prompt that arrives")
+                if resumable
+                else nullcontext()
+            ):
+                process("piece", prompt, SamplingParams(), ("generate",), resumable=resumable)
 
     def test_reset_while_requests_run(self, llm: LLM, model: Path) -> None:
         prompts = [tokens(n, seed=n) for n in (300, 97, 350)]

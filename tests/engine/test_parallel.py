@@ -10,12 +10,15 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.worker.worker_base import WorkerBase
 
 from tests.engine import drafters
-from tests.engine.conftest import Engine
+from tests.engine.conftest import Engine, archive_manager
 from tests.engine.drafters import TRAINED_LENGTH, save_counting_model
 from tests.engine.test_exactness import random_prompts
+from tests.engine.test_middle import settings
 from tests.engine.test_speculative import assert_same
 from tests.engine.traffic import Answer, ask, assert_equal_to_oracle
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin.archive_backend import Archive
 from vllm_lminf.plugin.backend import LambdaAttentionImpl
 
 pytestmark = pytest.mark.engine
@@ -53,6 +56,20 @@ def layers_of(worker: WorkerBase) -> dict[str, LambdaPattern]:
     layers = worker.model_runner.compilation_config.static_forward_context
     assert all(type(layer.impl) is LambdaAttentionImpl for layer in layers.values())
     return {name: layer.impl.pattern for name, layer in layers.items()}
+
+
+PIPELINE: dict[str, Any] = {
+    "pipeline_parallel_size": 2,
+    "enforce_eager": False,
+    "compilation_config": {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"},
+}
+MIDDLE = Middle(4, distance=30, rows=20, from_layer=2)
+
+
+def archives_of(worker: WorkerBase) -> dict[str, int]:
+    """Runs in a worker: the bytes of its archives."""
+    layers = worker.model_runner.compilation_config.static_forward_context
+    return {n: each.pages.nbytes for n, each in layers.items() if isinstance(each, Archive)}
 
 
 TARGET_LAYERS = [f"model.layers.{layer}.self_attn.attn" for layer in range(2)]
@@ -97,12 +114,27 @@ class TestTwoWorkers:
     ) -> None:
         """vLLM's CPU worker makes the buffers between its stages while it warms the compiled model
         up: with enforce_eager it dies at the first step, with any backend."""
-        answers, layers = self.run(
-            class_engine,
-            model,
-            pipeline_parallel_size=2,
-            enforce_eager=False,
-            compilation_config={"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"},
-        )
+        answers, layers = self.run(class_engine, model, **PIPELINE)
         assert layers == [{name: PATTERN} for name in TARGET_LAYERS]
         assert_same(answers, one_worker)
+
+    def test_the_middle(self, class_engine: Engine, model: Path) -> None:
+        """The workers' archives have together what one worker's has; the first stage of a pipeline
+        has none, since its layer recalls nothing."""
+        middle, name = settings(MIDDLE), f"{TARGET_LAYERS[1]}.archive"
+        with class_engine(model, middle=middle, **ARGUMENTS) as llm:
+            expected = ask(llm, random_prompts(LENGTHS), MAX_TOKENS)
+            (size,) = llm.collective_rpc(archives_of)[0].values()
+            page = archive_manager(llm).kv_cache_spec.page_size_bytes
+        assert_equal_to_oracle(model, expected[-2:], PATTERN, MIDDLE)
+        for arguments, workers in (
+            ({"tensor_parallel_size": 2}, [[name], [name]]),
+            (PIPELINE, [[], [name]]),
+        ):
+            given = ARGUMENTS | {"distributed_executor_backend": "mp"} | arguments
+            with class_engine(model, middle=middle, **given) as llm:
+                archives = llm.collective_rpc(archives_of)
+                answers = ask(llm, random_prompts(LENGTHS), MAX_TOKENS)
+            assert_same(answers, expected)
+            assert [[*each] for each in archives] == workers
+            assert 0 <= size - sum(sum(each.values()) for each in archives) < page

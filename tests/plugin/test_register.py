@@ -329,6 +329,9 @@ FUNCTIONS = {
     "vllm.v1.core.sched.scheduler:Scheduler.make_stats": "self",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": "self grammar_output",
     "vllm.v1.metrics.loggers:StatLoggerManager.__init__": "self vllm_config engine_idxs",
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": (
+        "self request_id prompt params"
+    ),
     "vllm.v1.engine.core:get_kv_cache_configs": "vllm_config kv_cache_specs available_memory",
     "vllm.transformers_utils.config:get_config": (
         "model trust_remote_code revision code_revision config_format"

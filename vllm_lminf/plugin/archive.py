@@ -225,10 +225,11 @@ def _check_size(engine: VllmConfig, num_pages: int, page_of_all: int, block_size
     reasons = []
     if num_pages < needed:
         held = max(0, num_pages - 1) * block_size
+        or_shorter = f", or max_model_len to {held} or less" if held > 0 else ""
         reasons.append(
             f"archive_gib is {resolved.archive_gib:g}, which holds the keys and values of {held} "
             f"tokens, and max_model_len is {max_model_len}: set archive_gib to "
-            f"{_rounded_up(needed * page_of_all)} or more, or max_model_len to {held} or less"
+            f"{_rounded_up(needed * page_of_all)} or more{or_shorter}"
         )
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if num_pages * page_of_all > total:

@@ -22,6 +22,9 @@ Wrapped functions:
 - ``vllm.v1.engine.core.EngineCore.__init__``: the hashes of blocks whose rows looked into the
   middle must differ from those of others. To file: let a KV cache spec add to the hash of a
   request's block what its contents depend on besides the tokens.
+- ``vllm.v1.engine.input_processor.InputProcessor.process_inputs``: a prompt whose length decides
+  which rows look into the middle must not grow once its request runs. To file: let a backend say
+  whether it serves streaming inputs, as `AsyncLLM._validate_resumable_request` asks of models.
 - ``vllm.v1.worker.gpu_model_runner.GPUModelRunner._build_attention_metadata``, where queries recall
   the middle: which of them do follows from the prompt's length. To file: hand
   `CommonAttentionMetadata.rswa_prefix_lens`, the prompts' lengths, to every backend.
@@ -90,6 +93,7 @@ def install(prepare: Callable[[EngineArgs], Finish | None]) -> None:
     _wrap_cpu_platform()
     _wrap_pool_planning()
     _wrap_block_hashes()
+    _wrap_inputs()
     metrics.install()
 
 

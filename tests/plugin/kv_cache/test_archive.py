@@ -1,5 +1,6 @@
 """The archive's pages: how many, whose, and which of them another request may share."""
 
+import re
 from copy import deepcopy
 from typing import Any
 
@@ -260,6 +261,23 @@ class TestPlan:
         page_of_all = archive.page_size_bytes * sum(map(len, recalling))
         spare = self.GIB // 8 - archive.num_pages * page_of_all
         assert 0 <= spare < page_of_all
+
+    @pytest.mark.parametrize(
+        ("gib", "advice"),
+        [
+            (5e-4, r"of 752 tokens, .* 0\.\d+ or more, or max_model_len to 752 or less$"),
+            (1e-9, r"of 0 tokens, and max_model_len is 1000: set archive_gib to 0\.\d+ or more$"),
+        ],
+    )
+    def test_less_than_the_longest_sequence(
+        self, engine: VllmConfig, gib: float, advice: str
+    ) -> None:
+        engine.additional_config["lminf"]["archive_gib"] = gib
+        spec = self.spec(2, LambdaConfig.of(engine).pattern)
+        with pytest.raises(UnsupportedError) as refusal:
+            self.planned(engine, [dict.fromkeys(range(2), spec)])
+        (reason,) = refusal.value.reasons
+        assert re.search(advice, reason), reason
 
     def test_pages_are_as_long_as_blocks(self, engine: VllmConfig) -> None:
         """vLLM gives layers with few key heads longer blocks, where others have more."""
