@@ -70,7 +70,6 @@ class TestEnvironment:
             "EngineCore.__init__",
             "InputProcessor.process_inputs",
             "vllm.v1.engine.core.get_kv_cache_configs",
-            "EngineCore.__init__",
         }
 
 
