@@ -20,6 +20,7 @@ from transformers.models.gptj import modeling_gptj
 
 from tools.families_table import REFUSED
 from vllm_lminf.kernels.oracle import lambda_attention
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotarySpec
 
@@ -685,12 +686,20 @@ class OracleModel:
         self.model.base_model.do_not_compile = True
 
     @torch.inference_mode()
-    def logprobs(self, token_ids: list[int], pattern: LambdaPattern | None) -> torch.Tensor:
+    def logprobs(
+        self,
+        token_ids: list[int],
+        pattern: LambdaPattern | None,
+        middle: Middle | None = None,
+        prompt_len: int = 0,
+    ) -> torch.Tensor:
         """Log-probability of every token but the first, given those before it.
 
         Args:
             token_ids: the tokens.
             pattern: the Λ; None for the model as Hugging Face made it.
+            middle: what its layers recall, but for those with a window of their own.
+            prompt_len: how many of the tokens are the prompt.
 
         Returns:
             float64 of shape [len(token_ids) - 1].
@@ -699,12 +708,14 @@ class OracleModel:
         if pattern is None:
             logits = self.model(tokens, use_cache=False).logits
         else:
-            with self._oracle(pattern):
+            with self._oracle(pattern, middle, prompt_len):
                 logits = self.model(tokens, use_cache=False).logits
         return logits[0, :-1].double().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
 
     @contextmanager
-    def _oracle(self, pattern: LambdaPattern) -> Iterator[None]:
+    def _oracle(
+        self, pattern: LambdaPattern, middle: Middle | None, prompt_len: int
+    ) -> Iterator[None]:
         def attend(
             module: nn.Module,
             query: torch.Tensor,
@@ -715,10 +726,16 @@ class OracleModel:
             window: int | None = None,
             **rules: Any,
         ) -> torch.Tensor:
-            own = pattern if window is None else LambdaPattern(0, window, window)
+            own, recalled = pattern, {}
+            if window is not None:
+                own = LambdaPattern(0, window, window)
+            elif middle is not None and middle.recalls(module.layer_idx + 1):
+                recalled = {"middle": middle, "prompt_len": prompt_len}
             rotary = self._rotary(module, pattern)
             tokens_first = (x[0].transpose(0, 1) for x in (query, key, value))
-            return lambda_attention(*tokens_first, own, scale=scale, rotary=rotary, **rules)[None]
+            return lambda_attention(
+                *tokens_first, own, scale=scale, rotary=rotary, **rules, **recalled
+            )[None]
 
         if self.family.oracle_forward is not None:
             attention_class, make_forward = self.family.oracle_forward

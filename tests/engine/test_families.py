@@ -15,8 +15,10 @@ import torch
 from tests.engine.conftest import Engine
 from tests.engine.families import FAMILIES, REFUSED_FAMILIES, TRAINED_LENGTH, OracleModel
 from tests.engine.test_exactness import TOLERANCE, engine_logprobs, random_prompts
+from tests.engine.test_middle import settings
 from tools.families_table import MEASURED, REFUSED, SERVED, Row, read_page, save
 from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 
 pytestmark = pytest.mark.engine
@@ -69,6 +71,33 @@ def test_engine_equals_oracle(
             torch.testing.assert_close(logprobs, expected, rtol=0, atol=TOLERANCE)
             difference = max(difference, float((logprobs - expected).abs().max()))
         measured[family] = Row.of_engine(FAMILIES[family].title, llm, difference)
+
+
+# Windows beside full layers, and soft-capping; a partial and interleaved rotation; a turn the other
+# way round; a magnitude.
+RECALLING = ["gemma-2", "glm", "nanochat", "phi-4-mini"]
+
+
+@pytest.mark.parametrize("family", RECALLING)
+def test_the_middle_equals_the_oracles(engine: Engine, tmp_path: Path, family: str) -> None:
+    path = FAMILIES[family].save(tmp_path / "model")
+    model = OracleModel(FAMILIES[family], path)
+    middle = Middle(4, distance=30, rows=20)
+    with engine(
+        path,
+        n_global=PATTERN.n_global,
+        n_local=PATTERN.n_local,
+        distance_limit=PATTERN.distance_limit,
+        middle=settings(middle),
+        block_size=16,
+        max_num_batched_tokens=48,
+        max_model_len=1000,
+    ) as llm:
+        for tokens, logprobs in engine_logprobs(llm, random_prompts([1, 65, 150, 300]), 8):
+            expected = model.logprobs(tokens, PATTERN, middle, len(tokens) - 8)
+            torch.testing.assert_close(logprobs, expected, rtol=0, atol=TOLERANCE)
+        plain = model.logprobs(tokens, PATTERN)
+        assert float((plain - expected).abs().max()) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("family", REFUSED_FAMILIES)

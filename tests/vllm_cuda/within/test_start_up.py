@@ -67,7 +67,6 @@ class TestEnvironment:
             "CpuPlatform.get_attn_backend_cls",
             "Scheduler.make_stats",
             "StatLoggerManager.__init__",
-            "EngineCore.__init__",
             "InputProcessor.process_inputs",
             "vllm.v1.engine.core.get_kv_cache_configs",
         }
