@@ -271,15 +271,15 @@ SHAPES = [
 def test_shapes(engine: Engine, tmp_path: Path, middle: Middle, arguments: dict) -> None:
     """Twice, the second time from the cache where there is one."""
     model = save_tiny_llama(tmp_path / "model", 4, 2, 32, trained_length=64, num_layers=3)
-    prompts = [tokens(n, seed=n) for n in (1, 40, 63, 64, 130, 200, 300)]
+    prompts = [tokens(n, seed=n) for n in (1, 64, 130, 300)]
     with engine(
         model, middle=settings(middle), max_num_batched_tokens=100, max_model_len=400, **arguments
     ) as llm:
-        for _ in range(2):
-            answers = ask(llm, prompts, 30)
-            assert_equal_to_oracle(model, answers, lambda_pattern(llm), middle)
+        answers, again = ask(llm, prompts, 30), ask(llm, prompts, 30)
+        assert_equal_to_oracle(model, answers, lambda_pattern(llm), middle)
+        assert [a.tokens for a in again] == [a.tokens for a in answers]
         is_cached = arguments.get("enable_prefix_caching", True)
-        assert any(answer.num_cached for answer in answers) == is_cached
+        assert any(answer.num_cached for answer in again) == is_cached
 
 
 def test_compiled_model(engine: Engine, tmp_path: Path) -> None:

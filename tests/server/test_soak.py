@@ -157,20 +157,25 @@ def kill_a_client(server: Server) -> None:
 
 
 def test_every_answer_is_the_one_given_alone(tiny_server: Server) -> None:
+    soak(tiny_server, REQUESTS)
+
+
+def soak(server: Server, num_requests: int) -> None:
+    """So many requests, of which some die."""
     random_ = random.Random(4)
     kinds = questions(random_)
     assert min(len(q.prompt) for q in kinds["five pools"]) > 5 * POOL_TOKENS
-    before = tiny_server.wait_until_idle()
+    before = server.wait_until_idle()
 
     alone: dict[Question, Answer] = {}
-    client = tiny_server.client()
+    client = server.client()
     for question in (question for kind in kinds.values() for question in kind):
         alone[question] = ask(client, question)
         assert len(alone[question].tokens) == question.max_tokens
     assert min(answer.least_lead for answer in alone.values()) > LEAST_LEAD
 
     work: queue.SimpleQueue[tuple[int, Question]] = queue.SimpleQueue()
-    for number in range(REQUESTS):
+    for number in range(num_requests):
         (kind,) = random_.choices(list(kinds), (52, 25, 12, 8, 3))
         (action,) = random_.choices(range(5), (42, 42, 6, 4, 6))
         work.put((DIE if number in KILLED else action, random_.choice(kinds[kind])))
@@ -178,7 +183,7 @@ def test_every_answer_is_the_one_given_alone(tiny_server: Server) -> None:
     def be_a_client(seed: int) -> list[float]:
         """Works until nothing is left; returns how far the log-probabilities were off."""
         mine = random.Random(seed)
-        client = tiny_server.client()
+        client = server.client()
         drifts = []
         while True:
             try:
@@ -192,7 +197,7 @@ def test_every_answer_is_the_one_given_alone(tiny_server: Server) -> None:
             elif action == ASK_NONSENSE:
                 ask_for_nonsense(client, mine.randrange(6))
             elif action == DIE:
-                kill_a_client(tiny_server)
+                kill_a_client(server)
             else:
                 answer = (ask_for_stream if action == STREAM else ask)(client, question)
                 expected = alone[question]
@@ -200,7 +205,7 @@ def test_every_answer_is_the_one_given_alone(tiny_server: Server) -> None:
                 drifts.append(max(map(abs, map(sub, answer.logprobs, expected.logprobs))))
 
     stop = threading.Event()
-    watch = Watch(tiny_server)
+    watch = Watch(server)
     with ThreadPoolExecutor(CLIENTS + 1) as threads:
         watching = threads.submit(watch.run, stop)
         try:
@@ -209,13 +214,13 @@ def test_every_answer_is_the_one_given_alone(tiny_server: Server) -> None:
             stop.set()
         watching.result()
 
-    after = tiny_server.wait_until_idle()
+    after = server.wait_until_idle()
     for name in ("vllm:kv_cache_usage_perc", "vllm:lminf_kv_blocks_pinned"):
         assert after[name] == before[name] == 0
     assert after["vllm:lminf_kv_blocks_freed_total"] > before["vllm:lminf_kv_blocks_freed_total"]
-    assert len(drifts) > 0.75 * REQUESTS
+    assert len(drifts) > 0.75 * num_requests
     assert max(drifts) < LARGEST_DRIFT
     assert watch.num_checks > 0
     assert watch.most_running > 1
     assert watch.most_waiting > 0
-    assert "Traceback" not in tiny_server.log
+    assert "Traceback" not in server.log
