@@ -1,7 +1,8 @@
-"""Times a model under LMINF and under full attention: two vLLM engines in one process, in turns.
+"""Times a model under LMINF and under full attention: vLLM engines in one process, in turns; with
+--middle-top-k also under LMINF that recalls the middle.
 
 Prompts are prefilled cold, a chunk of one engine and then a chunk of the other; decodes find their
-prompts in the prefix cache. Before anything is timed the two must agree on a prompt inside the
+prompts in the prefix cache. Before anything is timed the engines must agree on a prompt inside the
 window, where they compute the same.
 """
 
@@ -23,7 +24,7 @@ from vllm_lminf.cli.lengths import parse_lengths
 from vllm_lminf.cli.machine import machine
 from vllm_lminf.errors import CliError
 
-FULL, LMINF = "full", "LMINF"
+FULL, LMINF, RECALLING = "full", "LMINF", "LMINF, middle"
 AGREEMENT = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 0.3}
 """How far the engines' log-probabilities may be apart, root mean square: a few roundings of a
 logit, which is 0.06 each for one of 16 in bfloat16."""
@@ -45,8 +46,10 @@ class SteppedEngine:
         longest = args.lengths_of[name][-1]
         max_model_len = longest + args.decode_tokens + 1
         options: dict[str, Any] = {}
-        if name == LMINF:
+        if name != FULL:
             settings = {"n_local": args.n_local, "n_global": args.n_global}
+            if name == RECALLING:
+                settings |= {"middle_top_k": args.middle_top_k, "archive_gib": args.archive_gib}
             options = {"attention_backend": LMINF, "additional_config": {"lminf": settings}}
         elif max_model_len > args.trained_length:
             # vLLM sizes its RoPE table by this, and would read past the table's end.
@@ -128,8 +131,9 @@ def check_agreement(engines: dict[str, SteppedEngine], args: argparse.Namespace)
         output = engine.finish()
         pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
         given.append([choices[token].logprob for token, choices in pairs])
-    squares = [(a - b) ** 2 for a, b in zip(*given, strict=True)]
-    distance = (sum(squares) / len(squares)) ** 0.5
+    first, *others = given
+    squares = [[(a - b) ** 2 for a, b in zip(first, other, strict=True)] for other in others]
+    distance = max((sum(each) / len(each)) ** 0.5 for each in squares)
     check(f"one engine beside the other ({length} tokens)", distance, AGREEMENT[args.dtype])
     return distance
 
@@ -180,7 +184,7 @@ def decode(
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Starts both engines, compares them, runs every kind of step once, then times them."""
+    """Starts the engines, compares them, runs every kind of step once, then times them."""
     engines = {name: SteppedEngine(name, args) for name in args.lengths_of}
     agreement = check_agreement(engines, args)
     for engine in engines.values():
@@ -270,6 +274,7 @@ def notes(data: dict[str, Any]) -> list[str]:
         f"requests by it. The engines' log-probabilities of a short prompt differ by "
         f"{data['agreement']:.2g}, root mean square.",
         *flatness(data),
+        *recalling(data),
     ]
     if setting["trained_length"] < max(n for n in held(data)[FULL].dropna().index):
         lines.append(
@@ -311,6 +316,25 @@ def flatness(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def recalling(data: dict[str, Any]) -> list[str]:
+    """What recalling the middle costs, in words; nothing where it wasn't measured."""
+    decodes = speeds(data)[1]
+    if RECALLING not in decodes:
+        return []
+    lines = []
+    for length, of_length in decodes.groupby("length", observed=True):
+        slower = report.spread(of_length[RECALLING] / of_length[LMINF], 3)
+        line = f"With middle_top_k {data['setting']['middle_top_k']}, a token after {length} takes "
+        line += f"{slower} times what it takes without"
+        faster = (of_length[FULL] / of_length[RECALLING]).dropna()
+        lines.append(
+            f"{line}; full attention takes {report.spread(faster, 3)} times that."
+            if len(faster)
+            else f"{line}."
+        )
+    return lines
+
+
 def draw(data: dict[str, Any], path: Path) -> None:
     """Prefill, decode and memory against length, as a PNG."""
     prefills, decodes = (frame.groupby("length", observed=True).median() for frame in speeds(data))
@@ -348,15 +372,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("rounds", 3, "how often everything is prefilled"),
         ("decode-rounds", 16, "how often everything is decoded"),
         ("decode-tokens", 16, "tokens timed in each decode"),
+        ("middle-top-k", 0, "also LMINF with this setting; 0 for without"),
+        ("archive-gib", 4, "its setting of that name"),
     ):
         parser.add_argument(
             f"--{name}", type=int, default=default, metavar="N", help=f"{what} ({default})"
         )
     args = parser.parse_args(argv)
+    may_be_none = ("n_global", "middle_top_k")
     problems = [
         f"--{name.replace('_', '-')} {value}: it must be {least} or more"
         for name, value in vars(args).items()
-        if isinstance(value, int) and value < (least := 0 if name == "n_global" else 1)
+        if isinstance(value, int) and value < (least := 0 if name in may_be_none else 1)
     ]
     if not (args.model / "config.json").is_file():
         problems.append(f"--model {args.model}: no checkpoint there (it has no config.json)")
@@ -364,6 +391,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.lengths = parse_lengths(args.lengths)
         more = parse_lengths(args.lminf_lengths) if args.lminf_lengths else []
         args.lengths_of = {FULL: args.lengths, LMINF: sorted({*args.lengths, *more})}
+        if args.middle_top_k > 0:
+            args.lengths_of[RECALLING] = args.lengths_of[LMINF]
     except CliError as error:
         problems.append(str(error))
     if problems := problems or report.problems(args.output):
@@ -390,7 +419,10 @@ def main(argv: list[str] | None = None) -> None:
     args.token_bytes = kv_bytes_per_token(model)
     generator, longest = torch.Generator().manual_seed(0), args.lengths_of[LMINF][-1]
     args.tokens = torch.randint(model.get_vocab_size(), (longest,), generator=generator).tolist()
-    names = ("dtype", "n_local", "n_global", "chunk", "rounds", "decode_rounds", "trained_length")
+    names = (
+        *("dtype", "n_local", "n_global", "chunk", "rounds", "decode_rounds", "trained_length"),
+        "middle_top_k",
+    )
     where = current_platform.get_device_name()
     if current_platform.is_cpu():
         where = f"{torch.get_num_threads()} threads of {machine()['cpu']}"

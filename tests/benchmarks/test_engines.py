@@ -52,12 +52,13 @@ def test_defaults(model: Path) -> None:
 
 @pytest.mark.engine
 def test_small_for_real(tmp_path: Path) -> None:
-    """Two engines in one process, LMINF beyond the trained length and full attention up to it."""
+    """Three engines in one process, LMINF beyond the trained length, with and without its middle,
+    and full attention up to it."""
     pytest.importorskip("matplotlib")
-    model = save_tiny_llama(tmp_path / "model", 4, 2, 64, trained_length=512, num_layers=1)
+    model = save_tiny_llama(tmp_path / "model", 4, 2, 64, trained_length=512, num_layers=5)
     output = tmp_path / "results.json"
     options = "--dtype float32 --lengths 100,256,512 --lminf-lengths 1024 --n-local 128 --chunk 128"
-    sizes = "--rounds 2 --decode-rounds 2 --decode-tokens 3"
+    sizes = "--rounds 2 --decode-rounds 2 --decode-tokens 3 --middle-top-k 4 --archive-gib 1"
     where = ["--model", str(model), "--output", str(output)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.engines", *where, *options.split(), *sizes.split()],
@@ -73,19 +74,23 @@ def test_small_for_real(tmp_path: Path) -> None:
     chunks, decodes = pd.DataFrame(data["prefill"]), pd.DataFrame(data["decode"])
     # A chunk of one engine, then one of the other, as long as both have some.
     both = chunks[(chunks["round"] == 0) & (chunks["length"] == 256)]
-    assert both["contender"].tolist() == ["full", "LMINF"] * 2
+    assert both["contender"].tolist() == ["full", "LMINF", "LMINF, middle"] * 2
     for length in (100, 256, 512, 1024):
-        names = ["LMINF"] if length == 1024 else ["full", "LMINF"]
+        names = ["LMINF", "LMINF, middle"]
+        if length < 1024:
+            names = ["full", *names]
         assert decodes[decodes["length"] == length]["contender"].tolist() == names * 2
         for name in names:
             own = chunks[(chunks["length"] == length) & (chunks["contender"] == name)]
             assert own["end"].tolist() == [*range(128, length, 128), length] * 2
     # What is decoded from comes from the prefix cache, all but its last block.
     assert (decodes["length"] - decodes["cached_tokens"] <= 128).all()
-    block = 128 * 2 * 2 * 64 * 4
+    block = 5 * 128 * 2 * 2 * 64 * 4
     held = engines.held(data) / block
     assert held["full"].dropna().tolist() == [1, 3, 5]
     # One pinned block, and the window and the chunk of 128 each, spread over three.
     assert held["LMINF"].max() <= 4
+    assert held["LMINF, middle"].equals(held["LMINF"].rename("LMINF, middle"))
+    assert "With middle_top_k 4, a token after 1024 takes" in done.stdout
     assert output.with_suffix(".png").is_file()
     assert "times the tokens/s of 512" in done.stdout
