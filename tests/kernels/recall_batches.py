@@ -65,21 +65,25 @@ class RecallCase:
             return None
         return make_rotary(self.rotary_dim or self.head_size, self.is_neox_style, self.magnitude)
 
-    def layer(self, dtype: torch.dtype, exact: bool) -> LayerConfig:
+    def layer(
+        self, dtype: torch.dtype, exact: bool, device: torch.device | str = "cpu"
+    ) -> LayerConfig:
         """A layer that computes this.
 
         Args:
             dtype: of queries, and of what is stored.
             exact: whether rotations are turned in float64, or by the package's tables.
+            device: where.
         """
         rotary, rotation = self.rotary, None
         if rotary is not None:
-            tables = (ExactTables if exact else RotationTables)(rotary.inv_freq)
+            tables = (ExactTables if exact else RotationTables)(rotary.inv_freq).to(device)
             rotation = Rotation(tables, rotary.is_neox_style)
         return make_layer(
             Heads(*self.heads, self.head_size, dtype),
             LambdaPattern(*self.pattern),
             ScoreRules(self.head_size**-0.5, self.softcap),
+            device,
             rotation=rotation,
             middle=self.middle,
             block_size=self.block_size,
@@ -150,6 +154,7 @@ class Requests:
         steps: Steps,
         dtype: torch.dtype = torch.float64,
         exact: bool = True,
+        device: torch.device | str = "cpu",
     ) -> list[torch.Tensor]:
         """What a kernel computes, request by request. It writes cache and archive itself; what it
         hasn't written is NaN, and so are blocks of the cache once they are freed.
@@ -159,9 +164,11 @@ class Requests:
             steps: how the requests are cut and batched.
             dtype: of queries, and of what is stored.
             exact: as in `RecallCase.layer`.
+            device: where the kernel runs. An archive is in the host's memory, and a device that
+                isn't the host reads it there.
         """
         case, pattern = self.case, LambdaPattern(*self.case.pattern)
-        layer = case.layer(dtype, exact)
+        layer = case.layer(dtype, exact, device)
         assert kernel_class.unsupported_reasons(layer) == []
         kernel, size = kernel_class(layer), case.block_size
         lens = [seq_len for _, seq_len in case.requests]
