@@ -164,8 +164,7 @@ class Requests:
             steps: how the requests are cut and batched.
             dtype: of queries, and of what is stored.
             exact: as in `RecallCase.layer`.
-            device: where the kernel runs. An archive is in the host's memory, and a device that
-                isn't the host reads it there.
+            device: where the kernel runs, and all that it reads is.
         """
         case, pattern = self.case, LambdaPattern(*self.case.pattern)
         layer = case.layer(dtype, exact, device)
@@ -175,9 +174,11 @@ class Requests:
         tables, num_blocks = draw_tables([cdiv(n, size) for n in lens], self.seed)
         pages, num_pages = draw_tables([cdiv(n, size) for n in lens], self.seed + 1)
         shape = (num_blocks, case.heads[1], size, case.head_size)
-        cache = PagedCache(*(torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)))
+        nan = torch.full(shape, torch.nan, dtype=dtype, device=device)
+        cache = PagedCache(nan, nan.clone())
         # Bytes of ones are NaN in every dtype.
-        archive = torch.full((num_pages, layer.archive_format.page_bytes), 255, dtype=torch.uint8)
+        page = layer.archive_format.page_bytes
+        archive = torch.full((num_pages, page), 255, dtype=torch.uint8, device=device)
         rotated = [self._rotated(drawn) for drawn in self.drawn]
         outputs = [torch.full_like(q, torch.nan, dtype=dtype) for q, _, _ in self.drawn]
         done = [0] * len(lens)
@@ -185,34 +186,38 @@ class Requests:
             for request, _ in step:
                 for gap in pattern.freed_blocks(done[request], size):
                     for x in (cache.key, cache.value):
-                        x[tables[request, list(gap)].long()] = torch.nan
+                        x[tables[request, list(gap)].long().to(device)] = torch.nan
                     tables[request, list(gap)] = 0
             rows = [slice(done[r], done[r] + n) for r, n in step]
             members = [r for r, _ in step]
             starts = [0]
             for _, count in step:
                 starts.append(starts[-1] + count)
-            batch = int32_batch(starts, [each.stop for each in rows], tables[members].tolist())
+            batch = int32_batch(
+                starts, [each.stop for each in rows], tables[members].tolist(), device
+            )
             recall = RecallBatch(
-                pages[members],
-                self._slots(pages, members, rows),
+                pages[members].to(device),
+                self._slots(pages, members, rows).to(device),
                 torch.tensor(
                     [case.middle.first_row(case.requests[r][0]) for r in members],
                     dtype=torch.int32,
+                    device=device,
                 ),
             )
             query, key, value = (
                 torch.cat([rotated[r][x][each] for r, each in zip(members, rows, strict=True)]).to(
-                    dtype
+                    device, dtype
                 )
                 for x in range(3)
             )
             output = torch.full_like(query, torch.nan)
-            kernel.write_cache(key, value, cache, self._slots(tables, members, rows))
+            slots = self._slots(tables, members, rows).to(device)
+            kernel.write_cache(key, value, cache, slots)
             kernel.write_archive(key, value, archive, batch, recall)
             kernel.attend_and_recall(query, cache, batch, archive, recall, output)
             for n, (r, each) in enumerate(zip(members, rows, strict=True)):
-                outputs[r][each] = output[starts[n] : starts[n + 1]]
+                outputs[r][each] = output[starts[n] : starts[n + 1]].cpu()
                 done[r] = each.stop
         return outputs
 

@@ -1,8 +1,8 @@
 """One layer's Λ-attention by Triton kernels: which of them are launched, and with what.
 
-Nothing waits for the device and nothing is allocated, so a step may be captured in a CUDA graph:
-grids and sizes follow from the shapes of the tensors and from `DeviceBatch.max_query_len`. Triton
-is imported once a layer is made.
+Nothing waits for the device and nothing is allocated but by shapes, so a step may be captured in a
+CUDA graph: grids and sizes follow from the shapes of the tensors and from
+`DeviceBatch.max_query_len`. Triton is imported once a layer is made.
 """
 
 import importlib.util

@@ -392,6 +392,8 @@ def plan_search(
     room = search_room(heads, block_size) // (heads.num_kv_heads * kept_rows)
     most = min(_MOST_SEARCH_SPLITS, room, max_pages * (block_size // search_keys(block_size)))
     splits = max(1, min(wanted, most))
+    # Eight of AMD's warps leave each thread too few registers.
+    few_warps = hardware.is_amd or (rows == _MIN_ROWS and heads.head_size <= 128)
     return SearchPlan(
         rows,
         queries,
@@ -400,7 +402,7 @@ def plan_search(
         tiles,
         min(tiles, room // splits),
         splits,
-        num_warps=4 if rows == _MIN_ROWS and heads.head_size <= 128 else 8,
+        num_warps=4 if few_warps else 8,
         num_stages=2 if hardware.is_amd else 4,
     )
 
