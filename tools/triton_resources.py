@@ -24,6 +24,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from vllm_lminf.kernels.archive import RecallBatch
 from vllm_lminf.kernels.base import (
     DeviceBatch,
     Heads,
@@ -35,6 +36,7 @@ from vllm_lminf.kernels.base import (
 from vllm_lminf.kernels.triton import layer as layer_module
 from vllm_lminf.kernels.triton.layer import TritonKernel
 from vllm_lminf.kernels.triton.plan import Hardware
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotationTables
 
@@ -84,6 +86,7 @@ class Layer:
         is_neox: pairing.
         pattern: n_global, n_local, distance_limit.
         block_size: of the cache.
+        top_k: keys that are recalled from the middle; 0 for a layer without one.
     """
 
     heads: tuple[int, int, int] = (32, 8, 128)
@@ -92,6 +95,7 @@ class Layer:
     is_neox: bool = True
     pattern: tuple[int, int, int] = (10, 4096, 4096)
     block_size: int = 128
+    top_k: int = 0
 
     @property
     def name(self) -> str:
@@ -99,18 +103,26 @@ class Layer:
         limit = "" if self.pattern[1] == self.pattern[2] else " L>W"
         return (
             f"{'/'.join(map(str, self.heads))} {self.dtype} {self.cache or ''} {style} "
-            f"G{self.pattern[0]}{limit} B{self.block_size}"
+            f"G{self.pattern[0]}{limit} B{self.block_size}{f' top {self.top_k}' * (self.top_k > 0)}"
         ).replace("  ", " ")
 
 
 PLAIN = Layer()
 _WIDE, _SMALL_BLOCKS = Layer((16, 4, 256)), Layer(block_size=16)
+RECALLING = Layer(top_k=5)
 _TWO_LIMITS = Layer(
     (32, 8, 64), dtype="fp16", is_neox=False, pattern=(100, 4096, 8192), block_size=16
 )
 LAYERS = {
-    "A100": [PLAIN, _WIDE, _SMALL_BLOCKS, Layer(cache="e5m2", dtype="fp16")],
-    "A10, L40S": [PLAIN, _WIDE, _SMALL_BLOCKS, _TWO_LIMITS],
+    "A100": [PLAIN, RECALLING, _WIDE, _SMALL_BLOCKS, Layer(cache="e5m2", dtype="fp16")],
+    "A10, L40S": [
+        PLAIN,
+        RECALLING,
+        Layer((9, 3, 64), is_neox=False, block_size=16, top_k=40),
+        _WIDE,
+        _SMALL_BLOCKS,
+        _TWO_LIMITS,
+    ],
     "4090": [Layer(cache="e4m3", block_size=16), Layer((16, 4, 256), cache="e4m3")],
     "H100": [
         PLAIN,
@@ -120,10 +132,12 @@ LAYERS = {
         Layer(cache="e4m3"),
         Layer((16, 4, 256), cache="e5m2"),
         Layer(pattern=(100, 4096, 8192), block_size=16),
+        RECALLING,
+        Layer((16, 4, 256), dtype="fp16", top_k=64),
     ],
-    "B200": [PLAIN, _WIDE, Layer(cache="e4m3", is_neox=False, block_size=16)],
-    "5090": [PLAIN, _WIDE, Layer((32, 8, 64)), Layer(cache="e4m3", block_size=16)],
-    "MI300X": [PLAIN, _WIDE, Layer(cache="e4m3", block_size=16)],
+    "B200": [PLAIN, RECALLING, _WIDE, Layer(cache="e4m3", is_neox=False, block_size=16)],
+    "5090": [PLAIN, RECALLING, _WIDE, Layer((32, 8, 64)), Layer(cache="e4m3", block_size=16)],
+    "MI300X": [PLAIN, RECALLING, _WIDE, Layer(cache="e4m3", block_size=16)],
 }
 """Of PLAIN every kernel that serves it is compiled, of the others one of each kind."""
 
@@ -136,7 +150,8 @@ class Usage:
         architecture: what it was assembled for.
         target: a name of TARGETS.
         layer: `Layer.name`.
-        kernel: "decode", "prefill", or the name of another kernel.
+        kernel: "decode", "prefill", or the name of another kernel: "scan" for decode steps,
+            "scan long" for others, likewise "recall".
         rows: of a tile; 0 where there is none.
         threads: of a program.
         registers: of a thread.
@@ -192,6 +207,8 @@ def _recorded(target: GPUTarget) -> Iterator[dict[str, tuple[str, int, Any]]]:
         name = self.fn.__name__.removesuffix("_kernel")
         if name == "attention":
             name = "decode" if options["IS_DECODE"] else "prefill"
+        if name in ("scan", "recall") and not options["IS_DECODE"]:
+            name += " long"
         compiled[kernel.hash] = name, options.get("TILE_ROWS", 0), kernel
 
     with (
@@ -215,6 +232,7 @@ def compile_layer(target_name: str, what: Layer) -> list[Usage]:
         block_size=what.block_size,
         device=torch.device("cpu"),
         rotation=Rotation(RotationTables(torch.ones(heads.head_size // 2)), what.is_neox),
+        middle=Middle(what.top_k, 2048, 64) if what.top_k > 0 else None,
     )
     with mock.patch.object(layer_module, "hardware_of", return_value=target.hardware):
         layer = TritonKernel(config)
@@ -229,9 +247,17 @@ def compile_layer(target_name: str, what: Layer) -> list[Usage]:
         else:
             numbers = torch.zeros(2, dtype=torch.int32)
             query = torch.empty(64, heads.num_heads, heads.head_size, dtype=heads.dtype)
+            output = torch.empty_like(query)
+            recall = RecallBatch(numbers[1:, None], numbers[1:].long(), numbers[1:])
+            pages = torch.empty(1, config.archive_format.page_bytes, dtype=torch.uint8)
             for queries in (1, 64):
                 batch = DeviceBatch(numbers, numbers[1:], numbers[1:, None], queries)
-                layer.attend(query, cache, batch, torch.empty_like(query))
+                if what.top_k == 0:
+                    layer.attend(query, cache, batch, output)
+                    continue
+                rows = query[:1, : heads.num_kv_heads]
+                layer.write_archive(rows, rows, pages, batch, recall)
+                layer.attend_and_recall(query, cache, batch, pages, recall, output)
     return [
         _usage(target_name, what, name, rows, kernel, architecture)
         for name, rows, kernel in compiled.values()

@@ -7,6 +7,8 @@ import torch
 
 from tests.kernels.batches import Batch, Case, make_batch
 from tests.kernels.cases import assert_close
+from tests.kernels.layers import int32_batch
+from tests.kernels.recall_batches import RECALL_CASES, RecallCase, Requests, middle
 from tests.kernels.triton.cases import (
     PATTERNS,
     RULES,
@@ -17,6 +19,7 @@ from tests.kernels.triton.cases import (
     rules_of,
 )
 from tests.kernels.triton.window import log_sum_exp, window_attention
+from vllm_lminf.kernels.archive import RecallBatch
 from vllm_lminf.kernels.base import DeviceBatch, PagedCache, ScoreRules
 from vllm_lminf.kernels.triton.layer import TritonKernel
 
@@ -210,3 +213,107 @@ def test_padding_requests_are_never_looked_up() -> None:
     output = torch.full_like(query, torch.nan)
     layer.attend(query, cache, padded, output)
     assert_close(output.cpu(), exact, tolerance)
+
+
+RECALLED = [
+    case for case in RECALL_CASES if case.middle.block_size == 1 and case.middle.top_k <= 64
+]
+EXACT = 2e-5
+"""As under the interpreter: in float32, of outputs of size 1."""
+
+
+@pytest.mark.parametrize("chunk", [10**6, 33])
+@pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
+@pytest.mark.parametrize("case", RECALLED, ids=str)
+def test_recall(case: RecallCase, chunk: int, together: bool) -> None:
+    requests = Requests(case)
+    steps = case.steps(chunk, together)
+    outputs = requests.run(TritonKernel, steps, torch.float32, exact=False, device=DEVICE)
+    for output, expected in zip(outputs, requests.expected(), strict=True):
+        assert_close(output, expected, EXACT)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_recall_in_low_precision(head_size: int, dtype: torch.dtype) -> None:
+    """All of the middle, which rounding doesn't choose from."""
+    case = RecallCase(
+        ((80, 84), (60, 61)), middle(top_k=64), heads=(8, 2), head_size=head_size, block_size=32
+    )
+    requests = Requests(case)
+    exact, rounded = requests.expected(), requests.expected(dtype)
+    loss = max((a.double() - b).abs().max().item() for a, b in zip(rounded, exact, strict=True))
+    steps = case.steps(64, together=True)
+    outputs = requests.run(TritonKernel, steps, dtype, exact=False, device=DEVICE)
+    for output, expected in zip(outputs, exact, strict=True):
+        assert_close(output, expected, 4 * loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
+@pytest.mark.parametrize("in_host_memory", [False, True])
+def test_a_long_middle(dtype: torch.dtype, in_host_memory: bool) -> None:
+    """As served, in a graph that was captured on padding: the best keys are those that all scores
+    in float64 give, wherever they are far enough apart, and searches are certain at once."""
+    num_keys, top_k = 32768, 5
+    case = RecallCase(
+        ((num_keys, num_keys),), middle(top_k=top_k, rows=1), heads=(32, 8), head_size=128,
+        block_size=128, pattern=(10, 4096, 4096), rotary_dim=0,
+    )  # fmt: skip
+    ((drawn_query, drawn_key, drawn_value),) = Requests(case).drawn
+    layer = case.layer(dtype, exact=False, device=DEVICE)
+    kernel, num_pages = TritonKernel(layer), num_keys // 128
+    query, key, value = (x.to(DEVICE, dtype) for x in (drawn_query, drawn_key, drawn_value))
+    size = num_pages, layer.archive_format.page_bytes
+    archive = torch.full(size, 255, dtype=torch.uint8, device=DEVICE)
+    pages = torch.arange(num_pages, dtype=torch.int32, device=DEVICE)[None]
+    slots = torch.arange(num_keys, device=DEVICE)
+    cache = PagedCache(*torch.zeros(2, num_pages, 8, 128, 128, dtype=dtype, device=DEVICE))
+    kernel.write_cache(key, value, cache, slots)
+    told = int32_batch([0, num_keys], [num_keys], pages.tolist(), DEVICE)
+    looks = torch.tensor([num_keys - 1], dtype=torch.int32, device=DEVICE)
+    kernel.write_archive(key, value, archive, told, RecallBatch(pages, slots, looks))
+    if in_host_memory:
+        torch_utils = pytest.importorskip("vllm.utils.torch_utils")
+        pinned = archive.cpu().pin_memory()
+        archive = torch_utils.get_accelerator_view_from_cpu_tensor(pinned)
+    one = int32_batch([0, 0], [0], pages.tolist(), DEVICE)
+    one = dataclasses.replace(one, max_query_len=1)
+    recall = RecallBatch(pages, slots[-1:], looks)
+    rows, output = query[-1:], torch.full_like(query[-1:], torch.nan)
+    kernel.attend_and_recall(rows, cache, one, archive, recall, output)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernel.attend_and_recall(rows, cache, one, archive, recall, output)
+    graph.replay()
+    assert output.isnan().all()
+    one.query_start_loc[1], one.seq_lens[0] = 1, num_keys
+    assert kernel.search_counts is not None
+    kernel.search_counts.zero_()
+    graph.replay()
+
+    seen = [*range(10), *range(num_keys - 4096, num_keys)]
+    expected = torch.empty(32, 128, dtype=torch.float64, device=DEVICE)
+    for head in range(32):
+        products = key[:, head // 4].double() @ rows[0, head].double()
+        best = 10 + products[10 : num_keys - 4096].topk(top_k).indices
+        chosen = torch.cat((best, torch.tensor(seen, device=DEVICE)))
+        weights = (products[chosen] * case.head_size**-0.5).softmax(dim=0)
+        expected[head] = weights @ value[chosen, head // 4].double()
+    tolerance = EXACT if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    assert_close(output[0].cpu(), expected.cpu(), tolerance)
+    searched, again = kernel.search_counts.tolist()
+    assert searched == 32
+    assert again <= 1
+
+
+def test_recall_equal_to_the_bit_every_time() -> None:
+    case = RecallCase(((300, 303), (90, 91)), middle(rows=40), heads=(8, 2), head_size=64)
+    outputs = [
+        Requests(case).run(
+            TritonKernel, case.steps(64, together=True), torch.bfloat16, exact=False, device=DEVICE
+        )
+        for _ in range(3)
+    ]
+    for others in outputs[1:]:
+        assert all(map(torch.equal, outputs[0], others))

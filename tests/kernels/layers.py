@@ -44,11 +44,15 @@ def provider(attend: Any) -> FlashAttentionProvider:
 
 
 def int32_batch(
-    query_start_loc: list[int], seq_lens: list[int], block_table: list[list[int]]
+    query_start_loc: list[int],
+    seq_lens: list[int],
+    block_table: list[list[int]],
+    device: torch.device | str = "cpu",
 ) -> DeviceBatch:
-    """A batch on the CPU."""
+    """A batch on a device."""
     starts, lens, table = (
-        torch.tensor(x, dtype=torch.int32) for x in (query_start_loc, seq_lens, block_table)
+        torch.tensor(x, dtype=torch.int32, device=device)
+        for x in (query_start_loc, seq_lens, block_table)
     )
     return DeviceBatch(starts, lens, table, int(starts.diff().max()))
 

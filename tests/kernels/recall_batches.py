@@ -65,21 +65,25 @@ class RecallCase:
             return None
         return make_rotary(self.rotary_dim or self.head_size, self.is_neox_style, self.magnitude)
 
-    def layer(self, dtype: torch.dtype, exact: bool) -> LayerConfig:
+    def layer(
+        self, dtype: torch.dtype, exact: bool, device: torch.device | str = "cpu"
+    ) -> LayerConfig:
         """A layer that computes this.
 
         Args:
             dtype: of queries, and of what is stored.
             exact: whether rotations are turned in float64, or by the package's tables.
+            device: where.
         """
         rotary, rotation = self.rotary, None
         if rotary is not None:
-            tables = (ExactTables if exact else RotationTables)(rotary.inv_freq)
+            tables = (ExactTables if exact else RotationTables)(rotary.inv_freq).to(device)
             rotation = Rotation(tables, rotary.is_neox_style)
         return make_layer(
             Heads(*self.heads, self.head_size, dtype),
             LambdaPattern(*self.pattern),
             ScoreRules(self.head_size**-0.5, self.softcap),
+            device,
             rotation=rotation,
             middle=self.middle,
             block_size=self.block_size,
@@ -150,6 +154,7 @@ class Requests:
         steps: Steps,
         dtype: torch.dtype = torch.float64,
         exact: bool = True,
+        device: torch.device | str = "cpu",
     ) -> list[torch.Tensor]:
         """What a kernel computes, request by request. It writes cache and archive itself; what it
         hasn't written is NaN, and so are blocks of the cache once they are freed.
@@ -159,18 +164,21 @@ class Requests:
             steps: how the requests are cut and batched.
             dtype: of queries, and of what is stored.
             exact: as in `RecallCase.layer`.
+            device: where the kernel runs, and all that it reads is.
         """
         case, pattern = self.case, LambdaPattern(*self.case.pattern)
-        layer = case.layer(dtype, exact)
+        layer = case.layer(dtype, exact, device)
         assert kernel_class.unsupported_reasons(layer) == []
         kernel, size = kernel_class(layer), case.block_size
         lens = [seq_len for _, seq_len in case.requests]
         tables, num_blocks = draw_tables([cdiv(n, size) for n in lens], self.seed)
         pages, num_pages = draw_tables([cdiv(n, size) for n in lens], self.seed + 1)
         shape = (num_blocks, case.heads[1], size, case.head_size)
-        cache = PagedCache(*(torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)))
+        nan = torch.full(shape, torch.nan, dtype=dtype, device=device)
+        cache = PagedCache(nan, nan.clone())
         # Bytes of ones are NaN in every dtype.
-        archive = torch.full((num_pages, layer.archive_format.page_bytes), 255, dtype=torch.uint8)
+        page = layer.archive_format.page_bytes
+        archive = torch.full((num_pages, page), 255, dtype=torch.uint8, device=device)
         rotated = [self._rotated(drawn) for drawn in self.drawn]
         outputs = [torch.full_like(q, torch.nan, dtype=dtype) for q, _, _ in self.drawn]
         done = [0] * len(lens)
@@ -178,34 +186,38 @@ class Requests:
             for request, _ in step:
                 for gap in pattern.freed_blocks(done[request], size):
                     for x in (cache.key, cache.value):
-                        x[tables[request, list(gap)].long()] = torch.nan
+                        x[tables[request, list(gap)].long().to(device)] = torch.nan
                     tables[request, list(gap)] = 0
             rows = [slice(done[r], done[r] + n) for r, n in step]
             members = [r for r, _ in step]
             starts = [0]
             for _, count in step:
                 starts.append(starts[-1] + count)
-            batch = int32_batch(starts, [each.stop for each in rows], tables[members].tolist())
+            batch = int32_batch(
+                starts, [each.stop for each in rows], tables[members].tolist(), device
+            )
             recall = RecallBatch(
-                pages[members],
-                self._slots(pages, members, rows),
+                pages[members].to(device),
+                self._slots(pages, members, rows).to(device),
                 torch.tensor(
                     [case.middle.first_row(case.requests[r][0]) for r in members],
                     dtype=torch.int32,
+                    device=device,
                 ),
             )
             query, key, value = (
                 torch.cat([rotated[r][x][each] for r, each in zip(members, rows, strict=True)]).to(
-                    dtype
+                    device, dtype
                 )
                 for x in range(3)
             )
             output = torch.full_like(query, torch.nan)
-            kernel.write_cache(key, value, cache, self._slots(tables, members, rows))
+            slots = self._slots(tables, members, rows).to(device)
+            kernel.write_cache(key, value, cache, slots)
             kernel.write_archive(key, value, archive, batch, recall)
             kernel.attend_and_recall(query, cache, batch, archive, recall, output)
             for n, (r, each) in enumerate(zip(members, rows, strict=True)):
-                outputs[r][each] = output[starts[n] : starts[n + 1]]
+                outputs[r][each] = output[starts[n] : starts[n + 1]].cpu()
                 done[r] = each.stop
         return outputs
 

@@ -197,7 +197,9 @@ class LayerConfig:
     @property
     def signature(self) -> Hashable:
         """Equal for layers that kernels are compiled for alike."""
-        rotation, rules = self.far_rotation, self.rules
+        rules = self.rules
+        # An archive's keys are turned back wherever the model has RoPE.
+        rotation = self.far_rotation if self.middle is None else self.rotation
         return (
             self.heads,
             self.pattern,

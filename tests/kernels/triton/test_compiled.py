@@ -64,6 +64,10 @@ def test_all_kernels_are_there(target: str, usages: dict[str, list[Usage]]) -> N
     for layer in LAYERS[target]:
         told = {(kernel, rows) for name, kernel, rows in kernels if name == layer.name}
         assert {kernel for kernel, _ in told} >= {"decode", "prefill", "reduce"}
+        if layer.top_k > 0:
+            assert {kernel for kernel, _ in told} >= {
+                "keep", "index", "scan", "recall", "scan long", "recall long"
+            }  # fmt: skip
         if layer == PLAIN:
             assert {kernel for kernel, _ in told} >= {"write", "merge"}
             assert {rows for kernel, rows in told if kernel == "decode"} == {16, 32, 64}
@@ -87,6 +91,16 @@ def test_hopper_is_used_as_such(usages: dict[str, list[Usage]]) -> None:
             assert usage.copies > 0, usage
             assert usage.overlaps, usage
             assert usage.products >= 4 if usage.rows >= 64 else usage.products == 0, usage
+
+
+@pytest.mark.parametrize("target", ["H100", "A100", "A10, L40S", "B200", "5090"])
+def test_scans_copy_ahead(target: str, usages: dict[str, list[Usage]]) -> None:
+    """Of an index whose pages hold more than 16 keys: 16 bytes a copy, tiles ahead."""
+    scans = [u for u in usages[target] if u.kernel.startswith("scan") and "B16 " not in u.layer]
+    assert scans
+    for usage in scans:
+        assert usage.copies > 0, usage
+        assert usage.overlaps, usage
 
 
 @pytest.mark.parametrize("target", [name for name in TARGETS if TARGETS[name].architectures])

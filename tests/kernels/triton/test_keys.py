@@ -16,10 +16,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tests.kernels.layers import make_layer
+from vllm_lminf.kernels.archive import ArchiveFormat, RecallBatch
 from vllm_lminf.kernels.base import DeviceBatch, Heads, Kernel, PagedCache
 from vllm_lminf.kernels.triton import layer as layer_module
 from vllm_lminf.kernels.triton.layer import TritonKernel
 from vllm_lminf.kernels.triton.plan import Hardware
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 from vllm_lminf.rope import RotarySpec
 
@@ -64,6 +66,7 @@ def make_kernel(
 ) -> Kernel:
     """A kernel for such hardware."""
     rotary = RotarySpec(torch.ones(heads.head_size // 2), True)
+    more = {"block_size": 128, **more}
     layer = make_layer(heads, LambdaPattern(10, 4096, 4096), rotary=rotary, **more)
     with mock.patch.object(layer_module, "hardware_of", return_value=hardware):
         return kernel(layer)
@@ -110,6 +113,33 @@ def test_warm_up_covers_all_batches(heads: Heads, hardware: Hardware) -> None:
             layer.attend(query, cache, batch, output)
     assert serving == warm
     assert {name for name, _ in warm} == {"write_kernel", "attention_kernel", "reduce_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("heads", "hardware"), [(HEADS[0], H100), (Heads(9, 3, 48, torch.float16), A10)], ids=str
+)
+def test_warm_up_covers_all_searches(heads: Heads, hardware: Hardware) -> None:
+    layer = make_kernel(heads, hardware, middle=Middle(5, 2048, 64))
+    cache, size = make_cache(heads), ArchiveFormat(
+        heads.num_kv_heads, heads.head_size, 128, heads.dtype
+    ).page_bytes  # fmt: skip
+    archive = torch.empty(3, size, dtype=torch.uint8)
+    with recorded() as warm:
+        layer.warm_up(cache, MAX_REQUESTS, MAX_TOKENS)
+    with recorded() as serving:
+        for rows, batch in batches(MAX_REQUESTS, MAX_TOKENS):
+            query = torch.empty(rows, heads.num_heads, heads.head_size, dtype=heads.dtype)
+            key = query[:, : heads.num_kv_heads]
+            slots = torch.zeros(rows + rows % 3, dtype=torch.int64)[rows % 3 :]
+            recall = RecallBatch(batch.block_table[:, rows % 2 :], slots, batch.seq_lens)
+            layer.write_cache(key, key, cache, slots)
+            layer.write_archive(key, key, archive, batch, recall)
+            layer.attend_and_recall(query, cache, batch, archive, recall, query.clone())
+    assert serving == warm
+    assert {name for name, _ in warm} == {
+        "write_kernel", "attention_kernel", "reduce_kernel", "keep_kernel", "index_kernel",
+        "scan_kernel", "recall_kernel",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("max_requests", "max_tokens"), [(1, 1), (1, 4), (2, 64), (40, 1)])

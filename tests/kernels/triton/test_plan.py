@@ -1,6 +1,7 @@
 """What is refused, what is chosen on the host, and what is imported; without Triton."""
 
 import dataclasses
+import itertools
 import math
 import re
 import statistics
@@ -12,22 +13,28 @@ import torch
 
 from tests.kernels.layers import make_layer
 from vllm_lminf.kernels.base import Heads, ScoreRules
+from vllm_lminf.kernels.registry import choose
 from vllm_lminf.kernels.triton import layer as layer_module
 from vllm_lminf.kernels.triton.layer import TritonKernel, Workspace
 from vllm_lminf.kernels.triton.plan import (
     Hardware,
     decode_plan,
     decode_rows,
+    plan_search,
     plan_step,
     prefill_plan,
+    search_keys,
+    search_room,
     slots_of,
 )
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern, cdiv
 
 LLAMA = Heads(32, 8, 128, torch.bfloat16)
 PATTERN = LambdaPattern(10, 4096, 4096)
 H200 = Hardware(False, 90, 132, 227 * 1024)
 HOPPER = make_layer(LLAMA, PATTERN, device="cuda", capability=(9, 0))
+CPU_LAYER = make_layer(LLAMA, PATTERN)
 RULES = ScoreRules(1.0, 2.0, torch.zeros(32), torch.zeros(32))
 
 
@@ -68,6 +75,100 @@ def test_what_is_refused(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     against = TritonKernel.unsupported_reasons(dataclasses.replace(HOPPER, **changes))
     assert any(re.search(reason, told) for told in against), against
+
+
+RECALLING = dataclasses.replace(HOPPER, middle=Middle(5, 2048, 64))
+
+
+def test_what_recalls() -> None:
+    for changes in (
+        {},
+        {"middle": Middle(64, 0, 1, from_layer=5)},
+        {"heads": Heads(9, 3, 48, torch.float16), "cache_dtype": torch.float16, "block_size": 48},
+        {"rules": ScoreRules(1.0, softcap=30.0)},
+    ):
+        assert TritonKernel.unsupported_reasons(dataclasses.replace(RECALLING, **changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rules": ScoreRules(1.0, alibi_slopes=torch.zeros(32))}, "ALiBi"),
+        ({"rules": ScoreRules(1.0, sinks=torch.zeros(32))}, "sinks"),
+        ({"middle": Middle(5, 2048, 64, block_size=128)}, "not blocks of 128.*middle_unit"),
+        ({"middle": Middle(65, 2048, 64)}, "up to 64 tokens.*which is 65"),
+        ({"cache_dtype": torch.float8_e5m2}, "an archive of torch.float8_e5m2"),
+        ({"index_bits": 4}, "an index of 4 bits"),
+        ({"heads": dataclasses.replace(LLAMA, head_size=72)}, "heads of 72 dimensions"),
+    ],
+    ids=str,
+)
+def test_what_is_not_recalled(changes: dict[str, object], reason: str) -> None:
+    (against,) = TritonKernel.unsupported_reasons(dataclasses.replace(RECALLING, **changes))
+    assert re.search(reason, against)
+    without = dataclasses.replace(RECALLING, **{**changes, "middle": None})
+    assert TritonKernel.unsupported_reasons(without) == []
+
+
+def test_chosen_where_the_best_recalls_nothing() -> None:
+    assert choose("auto", HOPPER).kernel == "hybrid"
+    choice = choose("auto", RECALLING)
+    assert choice.kernel == "triton"
+    assert any("recalls nothing" in reason for reason in choice.against["hybrid"])
+
+
+def test_temporary_bytes() -> None:
+    """Of a step's log-sum-exps; what searches need is there before."""
+    assert TritonKernel(dataclasses.replace(CPU_LAYER, middle=None)).temporary_bytes(100, 7) == 0
+    layer = dataclasses.replace(CPU_LAYER, middle=Middle(5, 2048, 64))
+    kernel = TritonKernel(layer)
+    assert kernel.temporary_bytes(100, 7) == 4 * 100 * 32
+    assert kernel.search_counts is TritonKernel(layer).search_counts
+
+
+class TestSearches:
+    @pytest.mark.parametrize("hardware", [H200, Hardware(True, 0, 304, 64 * 1024)], ids=str)
+    @pytest.mark.parametrize(
+        "heads", [LLAMA, Heads(71, 1, 64, torch.float16), Heads(16, 4, 256, torch.float32)], ids=str
+    )
+    @pytest.mark.parametrize("block_size", [16, 48, 128])
+    def test_everything_has_room(self, heads: Heads, hardware: Hardware, block_size: int) -> None:
+        group = heads.num_heads // heads.num_kv_heads
+        for num_requests, max_query_len, max_pages in itertools.product(
+            (1, 3, 64, 1024), (1, 4, 16, 17, 8192), (1, 1000)
+        ):
+            num_tokens = max(num_requests, max_query_len)
+            plan = plan_search(
+                heads, block_size, hardware, num_requests, num_tokens, max_query_len, max_pages
+            )
+            assert 1 <= plan.kept_rows <= plan.queries * group <= plan.rows
+            assert plan.kept_rows >= group * min(plan.queries, max_query_len)
+            assert not plan.is_decode or plan.queries >= max_query_len
+            assert 1 <= plan.tiles_at_once <= plan.tiles
+            rows = plan.tiles_at_once * heads.num_kv_heads * plan.splits * plan.kept_rows
+            assert rows <= search_room(heads, block_size)
+            assert plan.splits <= max(1, max_pages * block_size // search_keys(block_size))
+
+    def test_few_programs_share_the_keys(self) -> None:
+        """A step that decodes one request fills the device; one of many needs no splits; a prompt's
+        many tiles are searched in few launches."""
+        one = plan_search(LLAMA, 128, H200, 1, 1, 1, 1000)
+        assert one.is_decode
+        assert one.splits * LLAMA.num_kv_heads >= 2 * 128
+        many = plan_search(LLAMA, 128, H200, 256, 256, 1, 1000)
+        assert (many.splits, many.tiles_at_once) == (1, 256)
+        prompt = plan_search(LLAMA, 128, H200, 1, 8192, 8192, 1000)
+        assert cdiv(prompt.tiles, prompt.tiles_at_once) <= 64
+
+    def test_tiles_divide_pages(self) -> None:
+        assert [search_keys(size) for size in (16, 32, 48, 64, 128, 192)] == [
+            16,
+            32,
+            16,
+            64,
+            64,
+            64,
+        ]
 
 
 def test_all_reasons_at_once() -> None:

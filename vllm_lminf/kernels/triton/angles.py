@@ -28,6 +28,17 @@ def _product(cos, sin, cos_too, sin_too):
 
 
 @triton.jit
+def angles_at(angles, position, pairs, HALF: tl.constexpr):
+    """Cosines and sines [pairs] of one position; see `angles_of`."""
+    rotary = pairs < HALF
+    low_cos, low_sin = _unit(angles, position & 1023, pairs, rotary, HALF)
+    middle_cos, middle_sin = _unit(angles, 1024 + ((position >> 10) & 1023), pairs, rotary, HALF)
+    high_cos, high_sin = _unit(angles, 2048 + (position >> 20), pairs, rotary, HALF)
+    cos, sin = _product(low_cos, low_sin, middle_cos, middle_sin)
+    return _product(cos, sin, high_cos, high_sin)
+
+
+@triton.jit
 def angles_of(
     angles,
     first,
@@ -43,12 +54,7 @@ def angles_of(
         offsets: int32 [rows], each below 1024.
         pairs: int32 [pairs]: those past the rotary ones get 1 and 0.
     """
-    rotary = pairs < HALF
-    low_cos, low_sin = _unit(angles, first & 1023, pairs, rotary, HALF)
-    middle_cos, middle_sin = _unit(angles, 1024 + ((first >> 10) & 1023), pairs, rotary, HALF)
-    high_cos, high_sin = _unit(angles, 2048 + (first >> 20), pairs, rotary, HALF)
-    cos, sin = _product(low_cos, low_sin, middle_cos, middle_sin)
-    cos, sin = _product(cos, sin, high_cos, high_sin)
+    cos, sin = angles_at(angles, first, pairs, HALF)
     row_cos, row_sin = small_angles_of(angles, offsets, pairs, HALF)
     return _product(row_cos, row_sin, cos[None, :], sin[None, :])
 
@@ -74,6 +80,27 @@ def dims_of(pairs, HALF: tl.constexpr, IS_NEOX: tl.constexpr, IS_WHOLE: tl.const
         first = tl.where(pairs < HALF, pairs, first)
         second = tl.where(pairs < HALF, pairs + HALF, second)
     return first, second
+
+
+@triton.jit
+def partners_of(dims, HALF: tl.constexpr, IS_NEOX: tl.constexpr):
+    """For heads that are turned dimension by dimension, in their own order: of every dimension the
+    pair, for `angles_of`; the partner in it, itself where it isn't rotated; and the sign of the
+    partner's share in `inverse_rotation`."""
+    if IS_NEOX:
+        is_first = dims < HALF
+        pairs = tl.where(is_first, dims, dims - HALF)
+        partners = tl.where(is_first, dims + HALF, dims - HALF)
+    else:
+        is_first = dims % 2 == 0
+        pairs = dims // 2
+        partners = dims ^ 1
+    is_rotary = dims < 2 * HALF
+    return (
+        tl.where(is_rotary, pairs, HALF),
+        tl.where(is_rotary, partners, dims),
+        tl.where(is_first, 1.0, -1.0),
+    )
 
 
 @triton.jit

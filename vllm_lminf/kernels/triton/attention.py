@@ -155,10 +155,10 @@ def window_tile(
         "num_requests", "num_rows", "skip", "stride_table",
         "stride_query_token", "stride_query_head", "stride_output_token", "stride_output_head",
     ],
-    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "block_table"],
+    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "block_table", "output_lse"],
 )  # fmt: skip
 def attention_kernel(
-    query, key, value, output, partial, partial_lse,
+    query, key, value, output, partial, partial_lse, output_lse,
     query_start_loc, seq_lens, block_table, angles, slopes, sinks, key_scale, value_scale,
     scale, num_requests, num_rows, skip,
     stride_query_token, stride_query_head, stride_output_token, stride_output_head,
@@ -177,6 +177,8 @@ def attention_kernel(
         query, output: rows of the batch, [tokens, heads, HEAD_SIZE]; strides are multiples of 8.
         key, value: the cache, see `PagedCache`.
         partial, partial_lse: where splits leave their results, see `reduce`; None without splits.
+        output_lse: float32 [tokens, heads], contiguous: gets the log-sum-exp of what is put out, in
+            powers of two. None where nobody asks for it, or `reduce` writes it.
         angles: see `angles`; None where nothing is rotated.
         slopes, sinks, key_scale, value_scale: None where there are none.
         num_rows: of a tile that there is room for in `partial`.
@@ -307,6 +309,9 @@ def attention_kernel(
     if partial is None:
         output_row = output + token * stride_output_token + head * stride_output_head
         tl.store(output_row[:, None] + dims[None, :], result.to(output.dtype.element_ty), present)
+        if output_lse is not None:
+            place = token * (tl.num_programs(1) * GROUP) + head
+            tl.store(output_lse + place, largest + tl.log2(total), mask=valid)
     else:
         program = (tile * tl.num_programs(1) + kv_head) * tl.num_programs(2) + split
         partial_row = program.to(tl.int64) * num_rows + rows

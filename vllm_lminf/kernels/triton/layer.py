@@ -1,8 +1,8 @@
 """One layer's Λ-attention by Triton kernels: which of them are launched, and with what.
 
-Nothing waits for the device and nothing is allocated, so a step may be captured in a CUDA graph:
-grids and sizes follow from the shapes of the tensors and from `DeviceBatch.max_query_len`. Triton
-is imported once a layer is made.
+Nothing waits for the device and nothing is allocated but by shapes, so a step may be captured in a
+CUDA graph: grids and sizes follow from the shapes of the tensors and from
+`DeviceBatch.max_query_len`. Triton is imported once a layer is made.
 """
 
 import importlib.util
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from vllm_lminf.kernels.archive import RecallBatch
 from vllm_lminf.kernels.base import (
     Captures,
     DeviceBatch,
@@ -31,8 +32,10 @@ from vllm_lminf.kernels.triton.plan import (
     most_partial_rows,
     plan_step,
     power_of_two,
+    searches_of_every_kind,
     steps_of_every_kind,
 )
+from vllm_lminf.kernels.triton.recaller import Recaller, reasons_against_recalling
 from vllm_lminf.pattern import cdiv
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -131,6 +134,7 @@ class TritonKernel(TritonCacheKernel):
     """
 
     captures: ClassVar[Captures] = Captures.ALWAYS
+    recalls: ClassVar[bool] = True
 
     @classmethod
     def unsupported_reasons(cls, layer: LayerConfig) -> list[str]:
@@ -194,7 +198,9 @@ class TritonKernel(TritonCacheKernel):
                 f"blocks of {block_size} tokens: the Triton kernels take multiples of 16",
             ),
         )
-        return [reason for applies, reason in table if applies]
+        reasons = [reason for applies, reason in table if applies]
+        middle = layer.middle
+        return reasons + ([] if middle is None else reasons_against_recalling(layer, middle))
 
     def __init__(self, layer: LayerConfig) -> None:
         from vllm_lminf.kernels.triton.attention import attention_kernel
@@ -237,6 +243,54 @@ class TritonKernel(TritonCacheKernel):
             "IS_NEOX": is_neox,
             "SOFTCAP": rules.softcap,
         }
+        self._recaller = None
+        if layer.middle is not None:
+            self._recaller = Recaller(layer, self._workspace.hardware)
+
+    @property
+    def search_counts(self) -> torch.Tensor | None:
+        """See `SearchWorkspace.counts`; None for a layer without a middle."""
+        return None if self._recaller is None else self._recaller.counts
+
+    def temporary_bytes(self, num_tokens: int, max_requests: int) -> int:
+        """Log-sum-exps, of a layer with a middle. Workspaces are there before."""
+        if self._recaller is None:
+            return 0
+        return num_tokens * self._heads.num_heads * torch.float32.itemsize
+
+    def write_archive(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        archive: torch.Tensor,
+        batch: DeviceBatch,
+        recall: RecallBatch,
+    ) -> None:
+        strides = self._row_strides(key, value)
+        self._recalling().write(key, value, archive, batch, recall, strides)
+
+    def attend_and_recall(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        batch: DeviceBatch,
+        archive: torch.Tensor,
+        recall: RecallBatch,
+        output: torch.Tensor,
+    ) -> None:
+        """See `Kernel`. The log-sum-exps in between are allocated, by the shape of query alone."""
+        recaller = self._recalling()
+        if batch.seq_lens.shape[0] == 0 or query.shape[0] == 0:
+            return
+        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        self._attend(query, cache, batch, output, lse)
+        strides = self._row_strides(query, output)
+        recaller.add(query, archive, batch, recall, output, lse, strides)
+
+    def _recalling(self) -> Recaller:
+        if self._recaller is None:
+            raise ValueError("the kernel was made for a layer without a middle")
+        return self._recaller
 
     def attend(
         self, query: torch.Tensor, cache: PagedCache, batch: DeviceBatch, output: torch.Tensor
@@ -245,33 +299,65 @@ class TritonKernel(TritonCacheKernel):
         way, whatever else is in the batch: by programs that split their keys. Longer ones have a
         launch of their own, of as many tiles as so many rows and requests can take.
         """
+        self._attend(query, cache, batch, output)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        batch: DeviceBatch,
+        output: torch.Tensor,
+        output_lse: torch.Tensor | None = None,
+    ) -> None:
+        """The same.
+
+        Args:
+            output_lse: float32 [num_tokens, num_heads]: gets its log-sum-exps, in powers of two.
+        """
         num_requests = batch.seq_lens.shape[0]
         if num_requests == 0 or query.shape[0] == 0:
             return
         step = self._step(num_requests, batch.max_query_len, cache.key.dtype)
         if step.short is not None:
-            self._attend_short(query, cache, batch, output, step.short, step.splits)
+            self._attend_short(query, cache, batch, output, output_lse, step.short, step.splits)
         if step.long is not None:
             plan = step.long
             tiles = query.shape[0] // plan.queries + num_requests
             self._attention_kernel[tiles, self._heads.num_kv_heads](
-                *self._attention_arguments(query, cache, batch, output, skip=step.skip),
+                *self._attention_arguments(
+                    query, cache, batch, output, output_lse=output_lse, skip=step.skip
+                ),
                 **self._attention_sizes(cache, plan), TILE_KEYS=plan.keys, IS_DECODE=False,
             )  # fmt: skip
 
     def warm_up(self, cache: PagedCache, max_requests: int, max_query_len: int) -> None:
-        """See `Kernel`. Launches kernels for requests that have no rows."""
+        """See `Kernel`. Launches kernels for requests that have no rows; in a layer with a middle
+        those of `attend_and_recall` alone."""
         super().warm_up(cache, max_requests, max_query_len)
         heads, device = self._heads, cache.key.device
         query, output = torch.empty(
             2, 1, heads.num_heads, heads.head_size, dtype=heads.dtype, device=device
         )
+        lse = None
+        if self._recaller is not None:
+            lse = torch.empty(1, heads.num_heads, device=device)
         for requests, queries in steps_of_every_kind(
             heads, self._pattern, cache.key.dtype, self._workspace.hardware, max_requests,
             max_query_len,
         ):  # fmt: skip
             batch = _without_rows(requests, queries, device)
-            self.attend(query, cache, batch, output)
+            self._attend(query, cache, batch, output, lse)
+        if self._recaller is not None and lse is not None:
+            rows = query[:, : heads.num_kv_heads]
+            nothing = torch.zeros(1, dtype=torch.int32, device=device)
+            nowhere = torch.full((1,), -1, device=device)
+            recall = RecallBatch(nothing[:, None], nowhere, nothing)
+            pages = self._recaller.no_pages()
+            self.write_archive(rows, rows, pages, _without_rows(1, 1, device), recall)
+            strides = self._row_strides(query, output)
+            for queries in searches_of_every_kind(heads, self._workspace.hardware, max_query_len):
+                batch = _without_rows(1, queries, device)
+                self._recaller.add(query, pages, batch, recall, output, lse, strides)
 
     def warm_up_merge(self, cache: PagedCache, max_query_len: int) -> None:
         """The same for what `merge_global_branch` can launch."""
@@ -346,6 +432,7 @@ class TritonKernel(TritonCacheKernel):
         cache: PagedCache,
         batch: DeviceBatch,
         output: torch.Tensor,
+        output_lse: torch.Tensor | None,
         plan: Plan,
         splits: int,
     ) -> None:
@@ -358,12 +445,15 @@ class TritonKernel(TritonCacheKernel):
             rows = num_requests * heads.num_kv_heads * splits * num_rows
             partial, lse = self._workspace.partial_results(rows, self._dims)
         self._attention_kernel[num_requests, heads.num_kv_heads, splits](
-            *self._attention_arguments(query, cache, batch, output, partial, lse, num_rows),
+            *self._attention_arguments(
+                query, cache, batch, output, partial, lse,
+                output_lse if splits == 1 else None, num_rows,
+            ),
             **self._attention_sizes(cache, plan), TILE_KEYS=plan.keys, IS_DECODE=True,
         )  # fmt: skip
         if splits > 1:
             self._reduce_kernel[num_requests, queries, heads.num_heads](
-                partial, lse, output, batch.query_start_loc, *output.stride()[:2],
+                partial, lse, output, output_lse, batch.query_start_loc, *output.stride()[:2],
                 splits, num_rows, plan.queries, NUM_KV_HEADS=heads.num_kv_heads, **self._sizes,
                 num_warps=8 if self._dims > 128 else 4,
             )  # fmt: skip
@@ -376,11 +466,12 @@ class TritonKernel(TritonCacheKernel):
         output: torch.Tensor,
         partial: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
+        output_lse: torch.Tensor | None = None,
         num_rows: int = 0,
         skip: int = 0,
     ) -> tuple[Any, ...]:
         return (
-            query, cache.key, cache.value, output, partial, lse,
+            query, cache.key, cache.value, output, partial, lse, output_lse,
             *self._batch_arguments(cache, batch), self._scale, batch.seq_lens.shape[0], num_rows,
             skip, *self._row_strides(query, output), *self._cache_strides(cache, batch),
         )  # fmt: skip

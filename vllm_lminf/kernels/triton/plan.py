@@ -14,6 +14,9 @@ What a step costs, for heads of ``d`` dimensions, ``w`` keys in the window, elem
   reads 1 byte for 128 flops, from the L2 cache mostly. Two tiles of keys are on their way while
   one is computed on, hence three stages: with two, a copy would begin when its tile is due.
   Shared memory that a device hasn't costs stages first, then keys of a tile.
+- A search of the middle reads ``d + 8`` bytes of the index for every key, page by page from the
+  host's memory, whose bandwidth (some 60 GB/s over PCIe 5) a few programs fill: 2 ms for 128k
+  tokens and 8 key heads of 128. So rows that look share a tile as far as they can.
 - The global branch adds ``n_global`` keys to ``w``, and rotates the tile of queries once.
 """
 
@@ -301,3 +304,113 @@ def steps_of_every_kind(
             if not kinds <= seen:
                 seen |= kinds
                 yield requests, queries
+
+
+MOST_SEARCH_KEYS = 64
+"""No tile of an index has more keys."""
+
+_SEARCH_BYTES = 2**25
+"""Room for what a scan keeps."""
+_LONG_SEARCH_SPLITS = 4
+"""Of a search with many rows, of which a few may look: how many is known on the device alone."""
+_MOST_SEARCH_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What the search of a batch launches.
+
+    Attributes:
+        rows, queries: of a tile, as in `Plan`.
+        kept_rows: of a tile, of which there may be queries.
+        is_decode: one tile holds all queries of any request.
+        tiles: how many there are.
+        tiles_at_once: of one launch; there are as many launches as that takes.
+        splits: among how many programs a tile's keys are split.
+        num_warps, num_stages: Triton's.
+    """
+
+    rows: int
+    queries: int
+    kept_rows: int
+    is_decode: bool
+    tiles: int
+    tiles_at_once: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def search_keys(block_size: int) -> int:
+    """Keys of a tile of an index: as many as pages divide into."""
+    return min(MOST_SEARCH_KEYS, block_size & -block_size)
+
+
+def search_rows(heads: Heads, hardware: Hardware, max_query_len: int) -> tuple[int, bool]:
+    """Rows of a tile of a search, and whether it holds all queries of any request."""
+    rows, group = decode_rows(heads, max_query_len), heads.num_heads // heads.num_kv_heads
+    # More of them spill, on most devices.
+    has_registers = heads.head_size <= (128 if hardware.capability in (80, 90) else 64)
+    most = max(power_of_two(group), MAX_DECODE_ROWS if has_registers else 32)
+    if rows <= most and rows // group >= max_query_len:
+        return rows, True
+    return most, False
+
+
+def search_room(heads: Heads, block_size: int) -> int:
+    """Rows, each of one split, that there is room for; one tile of all key heads at the least."""
+    row_bytes = 4 + 8 * 2 * search_keys(block_size)
+    return max(_SEARCH_BYTES // row_bytes, 2 * MAX_DECODE_ROWS * heads.num_kv_heads)
+
+
+def plan_search(
+    heads: Heads,
+    block_size: int,
+    hardware: Hardware,
+    num_requests: int,
+    num_tokens: int,
+    max_query_len: int,
+    max_pages: int,
+) -> SearchPlan:
+    """What is launched for a batch, which depends on nothing but these.
+
+    Args:
+        block_size: tokens of a page.
+        num_requests: in the batch, padding included; at least 1.
+        num_tokens: rows of the batch, padding included.
+        max_query_len: no request has more queries; at least 1.
+        max_pages: no request has more.
+    """
+    group = heads.num_heads // heads.num_kv_heads
+    rows, is_decode = search_rows(heads, hardware, max_query_len)
+    queries = rows // group
+    tiles = num_requests if is_decode else num_tokens // queries + num_requests
+    wanted = cdiv(slots_of(hardware), tiles * heads.num_kv_heads)
+    if not is_decode:
+        wanted = max(wanted, _LONG_SEARCH_SPLITS)
+    kept_rows = min(queries, max_query_len) * group
+    room = search_room(heads, block_size) // (heads.num_kv_heads * kept_rows)
+    most = min(_MOST_SEARCH_SPLITS, room, max_pages * (block_size // search_keys(block_size)))
+    splits = max(1, min(wanted, most))
+    # Eight of AMD's warps leave each thread too few registers.
+    few_warps = hardware.is_amd or (rows == _MIN_ROWS and heads.head_size <= 128)
+    return SearchPlan(
+        rows,
+        queries,
+        kept_rows,
+        is_decode,
+        tiles,
+        min(tiles, room // splits),
+        splits,
+        num_warps=4 if few_warps else 8,
+        num_stages=2 if hardware.is_amd else 4,
+    )
+
+
+def searches_of_every_kind(heads: Heads, hardware: Hardware, max_query_len: int) -> list[int]:
+    """Values of max_query_len that together launch every kernel that any search can launch; none
+    of them is larger than the one given."""
+    kinds: dict[tuple[int, bool], int] = {}
+    for queries in range(1, min(max_query_len, MAX_DECODE_ROWS + 1) + 1):
+        kinds.setdefault(search_rows(heads, hardware, queries), queries)
+    return [*kinds.values()]

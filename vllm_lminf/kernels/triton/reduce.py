@@ -16,10 +16,10 @@ TOGETHER = tl.constexpr(16)
     do_not_specialize=[
         "num_splits", "num_rows", "tile_queries", "stride_output_token", "stride_output_head",
     ],
-    do_not_specialize_on_alignment=["query_start_loc"],
+    do_not_specialize_on_alignment=["query_start_loc", "output_lse"],
 )  # fmt: skip
 def reduce_kernel(
-    partial, partial_lse, output, query_start_loc,
+    partial, partial_lse, output, output_lse, query_start_loc,
     stride_output_token, stride_output_head,
     num_splits, num_rows, tile_queries, NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, DIMS: tl.constexpr,
@@ -31,6 +31,7 @@ def reduce_kernel(
             split's keys alone, zero for a split without keys.
         partial_lse: float32, without the last dimension: log2 of the sum of its powers, minus
             infinity for a split without keys.
+        output_lse: see `attention_kernel`; None where nobody asks for it.
         num_rows: queries of a request at most, times GROUP.
         tile_queries: requests with more queries are left alone.
     """
@@ -63,3 +64,6 @@ def reduce_kernel(
     place = (row_start + row).to(tl.int64) * stride_output_token + head * stride_output_head
     merged = (merged / total).to(output.dtype.element_ty)
     tl.store(output + place + dims, merged, mask=dims < HEAD_SIZE)
+    if output_lse is not None:
+        place = (row_start + row).to(tl.int64) * (NUM_KV_HEADS * GROUP) + head
+        tl.store(output_lse + place, largest + tl.log2(total))

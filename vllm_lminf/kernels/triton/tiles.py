@@ -24,6 +24,18 @@ def request_of_tile(query_start_loc, num_requests, tile, TILE_QUERIES: tl.conste
 
 
 @triton.jit
+def request_of_row(query_start_loc, num_requests, row):
+    """The request that a row of the batch belongs to; the last one for rows past its end."""
+    low, high = 0, num_requests - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        begins = tl.load(query_start_loc + middle)
+        low = tl.where(begins <= row, middle, low)
+        high = tl.where(begins <= row, high, middle - 1)
+    return low
+
+
+@triton.jit
 def blocks_of(block_row, tile, low, high, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """The blocks of a tile's keys: one number where a block holds whole tiles, else int32 [TILE].
 
