@@ -621,7 +621,7 @@ class TestMiddle:
                 {"disable_hybrid_kv_cache_manager": True},
                 "--disable-hybrid-kv-cache-manager: the archive's blocks",
             ),
-            ({"kernel": "triton"}, {}, "kernel 'triton': it recalls nothing from the middle"),
+            ({"kernel": "xformers"}, {}, "kernel 'xformers': it recalls nothing from the middle"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
