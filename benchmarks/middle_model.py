@@ -41,8 +41,7 @@ class Seen:
 
 
 class StudiedLlama:
-    """A model, and the cache of one sequence at a time. Attention is computed in float32, whatever
-    the model's dtype.
+    """A model, float32, and the cache of one sequence at a time.
 
     Attributes:
         pattern: what rows see anyway.
@@ -50,12 +49,10 @@ class StudiedLlama:
         num_layers, num_kv_heads, head_size: the model's.
     """
 
-    def __init__(
-        self, path: Path, pattern: LambdaPattern, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, path: Path, pattern: LambdaPattern) -> None:
         self.pattern = pattern
         self._path = path
-        self._model: Any = LlamaForCausalLM.from_pretrained(path, dtype=dtype)
+        self._model: Any = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
         config = self._model.config
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         inv_freq = 1.0 / config.rope_parameters["rope_theta"] ** exponents
@@ -128,7 +125,7 @@ class StudiedLlama:
             tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=num_logits
         )
         logits: torch.Tensor = output.logits[0]
-        return logits.float()
+        return logits
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
@@ -159,16 +156,9 @@ class StudiedLlama:
         if middle is not None and not middle.recalls(layer):
             middle = None
         output = attend(
-            query[0].float(),
-            key[0].float(),
-            value[0].float(),
-            self.pattern,
-            self.tables,
-            scaling,
-            middle,
-            self._first_row,
+            query[0], key[0], value[0], self.pattern, self.tables, scaling, middle, self._first_row
         )
-        return output.transpose(0, 1)[None].to(query.dtype), None
+        return output.transpose(0, 1)[None], None
 
 
 def attend(
