@@ -65,6 +65,7 @@ class TestEnvironment:
         assert wrapped == {
             "EngineArgs.create_engine_config",
             "CpuPlatform.get_attn_backend_cls",
+            "EngineCore.__init__",
             "Scheduler.make_stats",
             "StatLoggerManager.__init__",
             "InputProcessor.process_inputs",
