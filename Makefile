@@ -77,7 +77,7 @@ test: venv model vllm-cuda  ## lint, check types and run every test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -n $(JOBS) --dist loadscope $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 families: venv  ## test every model family, and write what was measured into docs/families.md
 	$(BIN)/pytest tests/engine/test_families.py -k "not page" $(PYTEST_ARGS)

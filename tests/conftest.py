@@ -21,6 +21,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 _MODEL = Path(__file__).parents[1] / "build" / "models" / "SmolLM2-135M-Instruct"
 
 
+_LONG = (
+    "tests/kernels/triton/test_interpreted.py",
+    "tests/kernels/triton/test_compiled.py",
+    "tests/kernels/cpu/test_variants.py",
+    "tests/vllm_cuda/test_vllm_cuda.py",
+    "tests/engine/",
+    "tests/server/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first: of several processes none is left with it in the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
+
+
 @pytest.fixture(scope="session")
 def model_path() -> str:
     """A small trained LLaMA-style model: 30 layers, trained on 8192 tokens of context."""

@@ -136,7 +136,9 @@ def _allocate(num_pages: int, page_bytes: int) -> torch.Tensor:
     """Pages that are address space alone until somebody writes to them; uint8 [num_pages,
     page_bytes]. A search reads them in long runs: huge pages of the system's, where it has them,
     spare most of the lookups of addresses."""
-    memory = mmap.mmap(-1, num_pages * page_bytes)
+    # Of memory that processes share, most systems make no huge pages.
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, num_pages * page_bytes, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel built without them
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -2,6 +2,7 @@
 
 import re
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from vllm_lminf.plugin.archive import (
     mark_rows_that_look,
     plan,
 )
+from vllm_lminf.plugin.archive_backend import _allocate
 from vllm_lminf.plugin.config import LambdaConfig, Settings, Trained
 from vllm_lminf.plugin.kv_cache import LambdaSpec
 
@@ -302,3 +304,17 @@ class TestPlan:
             self.planned(engine, [layers])
         del layers[3]
         assert self.archive(self.planned(engine, [layers])[0])[0] == ["1", "2"]
+
+
+def test_the_system_may_make_huge_pages_of_the_memory() -> None:
+    """It is asked to ("hg"), and most systems don't for memory that processes share ("sh")."""
+    pages = _allocate(16, 1 << 20)
+    assert pages.shape == (16, 1 << 20)
+    at, flags = pages.data_ptr(), ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= at < int(match[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line
+    assert " hg" in flags
+    assert " sh" not in flags
