@@ -30,5 +30,5 @@ def test_they_can_be_collected() -> None:
     environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    for name in ("test_triton", "test_flash", "test_xformers", "test_engine"):
+    for name in ("test_triton", "test_flash", "test_xformers", "test_engine", "test_middle"):
         assert f"{name}.py::" in result.stdout

@@ -10,6 +10,7 @@ import torch
 from tests.kernels.layers import make_layer
 from vllm_lminf.kernels.base import Heads, Kernel, LayerConfig, ScoreRules
 from vllm_lminf.kernels.registry import NAMES, choose, kernel_class
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
 
 CPU = make_layer(Heads(8, 2, 64, torch.bfloat16), LambdaPattern(10, 4096, 4096))
@@ -83,6 +84,19 @@ def test_a_block_size_makes_no_gpu_slow() -> None:
     assert list(choice.against) == ["hybrid", "triton"]
     assert all("blocks of 8 tokens" in reason for reason in choice.reasons)
     assert choose("reference", replace(HOPPER, block_size=8)).kernel == "reference"
+
+
+def test_a_middle_makes_no_gpu_slow() -> None:
+    """What Triton's kernels don't recall is refused, and `hybrid` gives way to them."""
+    recalling = replace(HOPPER, middle=Middle(16, distance=2048, rows=64))
+    assert choose("auto", recalling).kernel == "triton"
+    blocks = replace(recalling, middle=Middle(4, distance=2048, rows=64, block_size=64))
+    choice = choose("auto", blocks)
+    assert choice.kernel is None
+    assert list(choice.against) == ["hybrid", "triton"]
+    assert choose("reference", blocks).kernel == "reference"
+    on_cpu = replace(blocks, device=torch.device("cpu"), heads=Heads(8, 2, 72, torch.bfloat16))
+    assert list(choose("auto", on_cpu).against) == ["cpu", "reference"]
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,23 @@
 """When an engine's numbers are read, and over which groups of layers."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.plugin.kv_cache.simulation import Simulation, make_spec
 from vllm_lminf import plugin
 from vllm_lminf.plugin import metrics
-from vllm_lminf.plugin.metrics import BLOCKS_FREED, BLOCKS_PINNED, TOKENS_OUTSIDE, Meter
+from vllm_lminf.plugin.archive import ArchiveManager
+from vllm_lminf.plugin.metrics import (
+    ARCHIVE_HELD,
+    ARCHIVE_SIZE,
+    BLOCKS_FREED,
+    BLOCKS_PINNED,
+    SEARCHES,
+    SEARCHES_REPEATED,
+    TOKENS_OUTSIDE,
+    Meter,
+)
 
 PROMPT = list(range(40))
 
@@ -55,6 +67,22 @@ def test_layers_with_windows_of_their_own(simulation: Simulation) -> None:
     numbers = Meter([simulation.manager, own.manager]).read(requests)
     # Positions 0 to 4 and 21 to 39 are seen; of the second group, 0 to 12 are behind its window.
     assert numbers == {BLOCKS_PINNED: 2, BLOCKS_FREED: 4 + 3, TOKENS_OUTSIDE: 40 - 5 - 19}
+
+
+def test_searches_are_told_once(simulation: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's counts grow; a reading tells what is new."""
+    monkeypatch.setattr(metrics, "INTERVAL_S", 0)
+    archive = object.__new__(ArchiveManager)
+    archive.kv_cache_spec = SimpleNamespace(num_pages=9)
+    archive.block_pool = SimpleNamespace(get_num_free_blocks=lambda: 5)
+    meter = Meter([simulation.manager, archive])
+    told = []
+    for counts in ([0, 0], [10, 1], [10, 1], [25, 1]):
+        meter.searches = counts
+        numbers = meter.read({})
+        assert (numbers[ARCHIVE_HELD], numbers[ARCHIVE_SIZE]) == (3, 8)
+        told.append((numbers[SEARCHES], numbers[SEARCHES_REPEATED]))
+    assert told == [(0, 0), (10, 1), (0, 0), (15, 0)]
 
 
 def test_an_engine_without_a_lambda_is_not_read() -> None:

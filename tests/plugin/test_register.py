@@ -7,12 +7,14 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import pickle
 import pkgutil
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,11 +38,13 @@ from vllm_lminf import plugin
 from vllm_lminf.plugin import hosts, metrics, patches, wrapping
 from vllm_lminf.plugin.config import BACKEND_NAME
 from vllm_lminf.plugin.metrics import BLOCKS_PINNED, CARRIER
+from vllm_lminf.plugin.search_counts import SearchCounts
 
 WRAPPED = [
     (EngineArgs, "create_engine_config"),
     (CpuPlatform, "get_attn_backend_cls"),
     (Scheduler, "make_stats"),
+    (Scheduler, "update_from_output"),
     (StatLoggerManager, "__init__"),
     (core, "get_kv_cache_configs"),
 ]
@@ -126,7 +130,9 @@ class TestRegister:
         for _ in range(2):
             CpuPlatform.get_attn_backend_cls(patches.backend_member(), config)
             assert GPUModelRunner.sample_tokens.__wrapped__ is original
-        patches.wrap_prompt_lengths()
+        for newer in (False, True):
+            patches.wrap_runner(SimpleNamespace(use_v2_model_runner=newer))
+        patches.wrap_outputs()
         only_elsewhere = "vllm.v1.attention.backends.registry._AttentionBackendEnumMeta.__getitem__"
         assert set(wrapping.installed()) == described() - {only_elsewhere}
         patches.uninstall()
@@ -327,6 +333,15 @@ FUNCTIONS = {
         "selected_backend attn_selector_config num_heads"
     ),
     "vllm.v1.core.sched.scheduler:Scheduler.make_stats": "self",
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": (
+        "self scheduler_output model_runner_output"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata": "self",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs": "self scheduler_output",
+    "vllm.v1.worker.gpu.input_batch:InputBatch.make_dummy": "num_reqs num_tokens input_buffers",
+    "vllm.v1.worker.gpu.warmup:_warmup_kernels": "model_runner",
+    "vllm.utils.torch_utils:async_tensor_h2d": "data device dtype out",
+    "vllm.utils.torch_utils:get_accelerator_view_from_cpu_tensor": "cpu_tensor",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": "self grammar_output",
     "vllm.v1.metrics.loggers:StatLoggerManager.__init__": "self vllm_config engine_idxs",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": (
@@ -440,8 +455,10 @@ FIELDS = {
     ),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "query_start_loc seq_lens num_reqs num_actual_tokens max_query_len block_table_tensor "
-        "slot_mapping"
+        "slot_mapping rswa_prefix_lens"
     ),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping seq_lens prompt_lens",
+    "vllm.v1.outputs:ModelRunnerOutput": "req_ids",
     "vllm.v1.core.kv_cache_utils:KVCacheBlock": "block_id ref_cnt is_null",
 }  # fmt: skip
 
@@ -456,6 +473,9 @@ NAMES = [
     "vllm.config:ModelConfig.uses_mrope",
     "vllm.config:VllmConfig.max_in_flight_tokens",
     "vllm.config:VllmConfig.num_speculative_tokens",
+    "vllm.config:VllmConfig.use_v2_model_runner",
+    "vllm.config:ParallelConfig.use_ubatching",
+    "vllm.config:ParallelConfig.local_world_size",
     "vllm.envs:environment_variables",
     "vllm.logger:init_logger",
     "vllm.model_executor.warmup.jit_warmup:VllmJitKernel.compile",
@@ -477,6 +497,7 @@ NAMES = [
     "vllm.v1.attention.backend:MultipleOf",
     "vllm.v1.attention.selector:_cached_get_attn_backend.cache_clear",
     "vllm.v1.kv_cache_interface:KVCacheLayout.LBHNC",
+    "vllm.v1.worker.gpu.block_table:BlockTables.redirect_writes_to_null_block",
     "vllm.version:__version__",
 ]
 
@@ -537,6 +558,22 @@ class TestHooks:
         assert received.num_kv_fetch_reqs_by_stage == {"in_progress": 2}
         assert metrics.unload(received) == {}
 
+    def test_a_steps_output_takes_counts_along_between_processes(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a worker adds to it is there in the engine's process."""
+        from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+
+        counts = SimpleNamespace(read=lambda: [7, 1])
+        patches.wrap_outputs()
+        monkeypatch.setattr(SearchCounts, "latest_step", None)
+        assert not hasattr(ModelRunnerOutput([], {}), metrics.COUNTS)
+        monkeypatch.setattr(SearchCounts, "latest_step", counts)
+        arrived = pickle.loads(pickle.dumps(ModelRunnerOutput(["a"], {"a": 0})))
+        assert getattr(arrived, metrics.COUNTS) == [7, 1]
+        assert arrived == ModelRunnerOutput(["a"], {"a": 0})
+        assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, metrics.COUNTS)
+
     def test_a_stat_logger_of_the_entry_point_group_overrides_disable_log_stats(self) -> None:
         """Why that group isn't used. Should this fail, it may serve."""
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -558,6 +595,29 @@ class TestHooks:
         for runner in ("gpu_model_runner", "gpu.attn_utils"):
             module = importlib.import_module(f"vllm.v1.worker.{runner}")
             assert "customize_attention_spec" in inspect.getsource(module), runner
+
+    def test_the_newer_runner_hands_prompts_lengths_on(self) -> None:
+        """From a batch to the metadata of every backend, once the batch has them."""
+        from vllm.v1.worker.gpu import attn_utils
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+        from vllm.v1.worker.gpu.states import RequestState
+
+        told = "rswa_prefix_lens=input_batch.prompt_lens"
+        assert told in inspect.getsource(DefaultModelState.prepare_attn)
+        told = "rswa_prefix_lens=rswa_prefix_lens"
+        assert told in inspect.getsource(attn_utils.build_attn_metadata)
+        known = "prompt_lens = self.req_states.prompt_len.gpu[idx_mapping]"
+        assert known in inspect.getsource(GPUModelRunner.prepare_inputs)
+        assert "self.prompt_len = UvaBackedTensor(" in inspect.getsource(RequestState.__init__)
+
+    def test_the_newer_runners_warm_up_draws_from_one_pool(self) -> None:
+        """Why its blocks are sent to the null block. Should this fail, that may be needless."""
+        from vllm.v1.worker.gpu import warmup
+
+        source = inspect.getsource(warmup._warmup_kernels)
+        assert source.count("next_block_id := next_block_id + num_blocks") == 1
+        assert "model_runner.kv_cache_config.num_blocks - 1" in source
 
     def test_a_model_with_adapters_knows_their_manager(self) -> None:
         from vllm.lora.model_manager import LoRAModelManager

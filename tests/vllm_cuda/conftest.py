@@ -6,4 +6,6 @@ from pathlib import Path
 _SOURCES = Path(__file__).parents[2] / "build" / "vllm-cuda"
 _found = find_spec("vllm")
 
-collect_ignore = [] if _found and _SOURCES in Path(_found.origin or "").parents else ["within"]
+_is_imported = bool(_found) and _SOURCES in Path(_found.origin or "").parents
+
+collect_ignore = [] if _is_imported else ["within", "engine"]

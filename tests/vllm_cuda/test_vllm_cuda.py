@@ -25,9 +25,11 @@ TESTS = (
     "tests/plugin/test_metrics.py",
     "tests/plugin/test_register.py::TestHooks",
 )
+ENGINES = ("tests/vllm_cuda/engine",)
+"""In a process of their own: see `tests.vllm_cuda.worker`."""
 
 
-def test_on_vllm_for_gpus() -> None:
+def run(tests: tuple[str, ...], *more_plugins: str) -> None:
     if not (SOURCES / "vllm" / "__init__.py").is_file():
         pytest.fail(f"{SOURCES} holds no vLLM: run `make vllm-cuda` first")
     environment = {
@@ -37,7 +39,18 @@ def test_on_vllm_for_gpus() -> None:
         # Without it vLLM looks for a device that Triton could use, and does without Triton.
         "CUDA_VISIBLE_DEVICES": "",
     }
-    plugins = ("-p", "tests.vllm_cuda.stand_ins", "-p", "no:cacheprovider")
-    command = [sys.executable, "-m", "pytest", "-q", *plugins, *TESTS]
+    plugins = ("tests.vllm_cuda.stand_ins", *more_plugins, "no:cacheprovider")
+    options = [option for name in plugins for option in ("-p", name)]
+    command = [sys.executable, "-m", "pytest", "-q", *options, *tests]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_on_vllm_for_gpus() -> None:
+    run(TESTS)
+
+
+@pytest.mark.engine
+def test_its_engine() -> None:
+    """With its own scheduler, runner and sampler."""
+    run(ENGINES, "tests.vllm_cuda.worker")

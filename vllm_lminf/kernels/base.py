@@ -259,6 +259,13 @@ class Kernel(ABC):
     def __init__(self, layer: LayerConfig) -> None:
         """For a layer that neither of the above has a reason against."""
 
+    @property
+    def search_counts(self) -> torch.Tensor | None:
+        """Of a kernel whose searches of the middle may have to go over a part of it again: int64
+        [2], where the kernel runs: searches, one for each head of a query that looks, and those
+        among them that did. Layers of an engine may share them."""
+        return None
+
     def temporary_bytes(self, num_tokens: int, max_requests: int) -> int:
         """What a step of so many tokens and requests allocates for a while besides its result."""
         return 0

@@ -74,10 +74,11 @@ def choose(asked: str, layer: LayerConfig, load: bool = False) -> Choice:
         load: whether a kernel must also be had in this process, which compiles and loads it.
     """
     against: dict[str, list[str]] = {}
-    for name in _candidates(asked, layer.device.type, layer.block_size, layer.capability):
+    recalls = layer.middle is not None
+    for name in _candidates(asked, layer.device.type, layer.block_size, layer.capability, recalls):
         kernel = kernel_class(name)
         reasons = kernel.unsupported_reasons(layer)
-        if layer.middle is not None and not kernel.recalls:
+        if recalls and not kernel.recalls:
             reasons = [*reasons, "it recalls nothing from the middle: set middle_top_k to 0"]
         if load and (not reasons or name == asked):
             reasons = reasons + kernel.unavailable_reasons(layer)
@@ -103,14 +104,16 @@ def _candidates(
     device_type: str,
     block_size: int = 16,
     capability: tuple[int, int] | None = None,
+    recalls: bool = False,
 ) -> tuple[str, ...]:
     """The kernels to look at, best first. On GPUs nobody gets the plain kernel for a block size:
-    another one costs nothing."""
+    another one costs nothing. Nor for a middle: it would read all of the host's archive over the
+    bus for every query."""
     if asked != AUTOMATIC:
         return (asked,)
     if device_type == "cpu":
         return _ORDER["cpu"]
     names = _HOPPER_ORDER if capability == _HOPPER else _ORDER["cuda"]
-    if block_size % kernel_class(names[0]).block_multiple:
+    if recalls or block_size % kernel_class(names[0]).block_multiple:
         return names[:-1]
     return names

@@ -10,7 +10,6 @@ never refuses one that was admitted, since the longest sequence fits: `plan` see
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +34,7 @@ from vllm_lminf.kernels.archive import ArchiveFormat
 from vllm_lminf.middle import ALL_ROWS, Middle
 from vllm_lminf.pattern import LambdaPattern, Pattern, cdiv
 from vllm_lminf.plugin.config import LambdaConfig
+from vllm_lminf.plugin.host_memory import host_memory
 from vllm_lminf.plugin.kv_cache import LambdaSpec
 
 _GIB = 1 << 30
@@ -64,10 +64,6 @@ class ArchiveSpec(FullAttentionSpec):
     @property
     def page_size_bytes(self) -> int:
         return self.format.page_bytes
-
-    @property
-    def has_layer_views(self) -> bool:
-        return False
 
 
 class ArchiveManager(FullAttentionManager):
@@ -184,7 +180,8 @@ def plan(engine: VllmConfig, configs: list[KVCacheConfig]) -> list[KVCacheConfig
     ((page, names),) = found.items()
     page_of_all = page.page_bytes * len(names)
     num_pages = int(resolved.archive_gib * _GIB) // page_of_all
-    _check_size(engine, num_pages, page_of_all, page.block_size)
+    page_of_host = page.page_bytes * _most_on_one_host(engine, list(map(len, recalling)))
+    _check_size(engine, num_pages, page_of_all, page_of_host, page.block_size)
     spec = ArchiveSpec(
         block_size=page.block_size,
         num_kv_heads=page.num_kv_heads,
@@ -219,7 +216,28 @@ def _listed(found: Mapping[ArchiveFormat, Sequence[str]]) -> str:
     )
 
 
-def _check_size(engine: VllmConfig, num_pages: int, page_of_all: int, block_size: int) -> None:
+def _most_on_one_host(engine: VllmConfig, num_layers: list[int]) -> int:
+    """The most layers that recall whose workers share a host.
+
+    Args:
+        num_layers: of every worker, in the order of their ranks.
+    """
+    parallel = engine.parallel_config
+    if parallel.distributed_executor_backend == "ray":
+        return max(num_layers)  # it places workers where it likes
+    size: int = parallel.local_world_size
+    return max(sum(num_layers[n : n + size]) for n in range(0, len(num_layers), size))
+
+
+def _check_size(
+    engine: VllmConfig, num_pages: int, page_of_all: int, page_of_host: int, block_size: int
+) -> None:
+    """
+    Args:
+        num_pages: of every layer.
+        page_of_all, page_of_host: bytes that one of them takes in the layers of all workers, and in
+            those of a host's.
+    """
     resolved, max_model_len = LambdaConfig.of(engine), engine.model_config.max_model_len
     needed = cdiv(max_model_len, block_size) + 1
     reasons = []
@@ -231,14 +249,25 @@ def _check_size(engine: VllmConfig, num_pages: int, page_of_all: int, block_size
             f"tokens, and max_model_len is {max_model_len}: set archive_gib to "
             f"{_rounded_up(needed * page_of_all)} or more{or_shorter}"
         )
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if num_pages * page_of_all > total:
-        reasons.append(
-            f"archive_gib is {resolved.archive_gib:g}, and this host has "
-            f"{total / _GIB:.1f} GiB of memory in all: set it lower"
-        )
+    reasons += reasons_against_memory(resolved.archive_gib, num_pages * page_of_host)
     if reasons:
         raise UnsupportedError(reasons)
+
+
+def reasons_against_memory(archive_gib: float, num_bytes: int) -> list[str]:
+    """Why an archive can't have so many bytes on this host; empty where it can.
+
+    Args:
+        archive_gib: the setting that they follow from.
+    """
+    total = host_memory()
+    if num_bytes <= total:
+        return []
+    return [
+        f"archive_gib is {archive_gib:g}, {num_bytes / _GIB:.2f} of them on this host, which has "
+        f"{total / _GIB:.1f} GiB of memory in all, or whose container is limited to that: set it "
+        "lower"
+    ]
 
 
 def _rounded_up(num_bytes: int) -> str:
@@ -291,4 +320,4 @@ def first_rows(middle: Middle, prompt_lens: torch.Tensor) -> torch.Tensor:
         int32 [num_requests].
     """
     rows = min(middle.rows, torch.iinfo(torch.int32).max)
-    return (prompt_lens.to(torch.int64) - rows).clamp(min=0).to(torch.int32)
+    return (prompt_lens - rows).clamp_(min=0).to(torch.int32)

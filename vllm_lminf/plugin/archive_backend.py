@@ -1,7 +1,7 @@
 """The archive in a worker: one for each layer that recalls, and a step's description of it.
 
 To vLLM an archive is one more layer beside the one that it serves, so that it gets a block table
-and a slot mapping of its own. Its memory is the host's.
+and a slot mapping of its own. Its memory is the host's, pinned where a GPU reads and writes it.
 """
 
 import mmap
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -21,16 +23,18 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
+from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.kernels.archive import RecallBatch
 from vllm_lminf.middle import ALL_ROWS, Middle
-from vllm_lminf.plugin import archive, log
+from vllm_lminf.plugin import archive, log, pinned
 from vllm_lminf.plugin.archive import ArchiveSpec
 from vllm_lminf.plugin.config import LambdaConfig
+from vllm_lminf.plugin.search_counts import SearchCounts
 
 prompt_lens: ContextVar[torch.Tensor | None] = ContextVar("prompt_lens", default=None)
-"""While a step's metadata is built: tokens of the prompt of each request; integers
-[>= num_requests], on the host. vLLM's runner knows them, and doesn't tell backends:
-`vllm_lminf.plugin.patches` does."""
+"""While vLLM's older runner builds a step's metadata: tokens of the prompt of each request;
+integers [>= num_requests], on the host. Neither runner tells backends what it knows of them:
+`vllm_lminf.plugin.patches` has the newer one tell it in the metadata."""
 
 
 class Archive(AttentionLayerBase):
@@ -38,13 +42,28 @@ class Archive(AttentionLayerBase):
 
     Attributes:
         name: among vLLM's layers.
-        pages: uint8 [num_pages, page_bytes], see `vllm_lminf.kernels.archive.ArchiveFormat`; of no
-            pages until the engine's caches are planned.
+        pages: uint8 [num_pages, page_bytes], see `vllm_lminf.kernels.archive.ArchiveFormat`, as the
+            layer's kernel reads and writes them; None until the engine's caches are planned.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.pages = torch.empty(0, 0, dtype=torch.uint8)
+        self.pages: torch.Tensor | None = None
+
+    def allocate(self, num_pages: int, page_bytes: int, device: torch.device, gib: float) -> None:
+        """Gives it its pages.
+
+        Args:
+            device: where the layer's kernel runs.
+            gib: the setting that they follow from.
+
+        Raises:
+            UnsupportedError: the host's memory can't be had.
+        """
+        pages = _allocate(num_pages, page_bytes)
+        if device.type != "cpu":
+            pages = pinned.device_view(pages, self, f"archive_gib is {gib:g}")
+        self.pages = pages
 
     def batch(self) -> RecallBatch:
         """The step's, in a layer's forward pass."""
@@ -87,19 +106,27 @@ class RecallBatchBuilder(AttentionMetadataBuilder[Any]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        middle = LambdaConfig.of(vllm_config).middle
+        resolved = LambdaConfig.of(vllm_config)
+        middle = resolved.middle
         if not isinstance(kv_cache_spec, ArchiveSpec) or middle is None:
             raise TypeError(
                 f"an archive of kind {kv_cache_spec}, in an engine that recalls {middle}"
             )
         self._middle = middle
         shape = kv_cache_spec.num_pages, kv_cache_spec.page_size_bytes
+        size = len(layer_names) * shape[0] * shape[1]
+        if reasons := archive.reasons_against_memory(resolved.archive_gib, size):
+            raise UnsupportedError(reasons)  # a host that the engine's process isn't on
         for each in get_layers_from_vllm_config(vllm_config, Archive, layer_names).values():
-            each.pages = _allocate(*shape)
+            each.allocate(*shape, device, resolved.archive_gib)
+        # A captured graph finds each step's rows where it found those of its capture.
+        max_requests = vllm_config.scheduler_config.max_num_seqs
+        self._first_rows = torch.zeros(max_requests, dtype=torch.int32, device=device)
+        self._search_counts = _search_counts(vllm_config, kv_cache_spec, layer_names)
         log.info(
             vllm_config,
             "the middle is recalled in %d layers, from layer %d on: %s, scored at distance %d, by "
-            "%s; the archive holds %d blocks of %d tokens, in %.2f GiB of host memory",
+            "%s; the archive holds %d blocks of %d tokens, in %.2f GiB of %shost memory",
             len(layer_names),
             middle.from_layer,
             _units(middle),
@@ -107,14 +134,16 @@ class RecallBatchBuilder(AttentionMetadataBuilder[Any]):
             _rows(middle),
             kv_cache_spec.num_pages - 1,
             kv_cache_spec.block_size,
-            len(layer_names) * shape[0] * shape[1] / (1 << 30),
+            size / (1 << 30),
+            "" if device.type == "cpu" else "pinned ",
         )
 
     @classmethod
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
-        return AttentionCGSupport.NEVER
+        """It refers to tensors that stay; what may be captured, the layers' kernels tell."""
+        return AttentionCGSupport.ALWAYS
 
     def build(
         self,
@@ -122,14 +151,37 @@ class RecallBatchBuilder(AttentionMetadataBuilder[Any]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> RecallBatch:
-        common, lens = common_attn_metadata, prompt_lens.get()
+        common = common_attn_metadata
+        lens = prompt_lens.get() if common.rswa_prefix_lens is None else common.rswa_prefix_lens
         if lens is None:
             raise RuntimeError("a step's requests are described without their prompts' lengths")
+        SearchCounts.latest_step = self._search_counts
+        # Requests that are padding have no rows, and the newer runner tells none of their lengths.
+        rows = archive.first_rows(self._middle, lens[: common.num_reqs])
+        ours = self._first_rows[: len(rows)]
+        if rows.device == ours.device:
+            ours.copy_(rows)
+        else:
+            async_tensor_h2d(rows, out=ours)
         return RecallBatch(
             block_table=common.block_table_tensor[: common.num_reqs],
             slot_mapping=common.slot_mapping[: common.num_actual_tokens],
-            first_rows=archive.first_rows(self._middle, lens[: common.num_reqs]),
+            first_rows=self._first_rows[: common.num_reqs],
         )
+
+
+def _search_counts(
+    engine: VllmConfig, spec: ArchiveSpec, archive_names: list[str]
+) -> SearchCounts | None:
+    """Those of the layers that archives serve; None where their kernels count none."""
+    layers = get_layers_from_vllm_config(engine, Attention)
+    found: dict[int, torch.Tensor] = {}
+    for name, layer in layers.items():
+        if archive.archive_name(name) in archive_names:
+            counts = layer.impl.kernel_for(spec.block_size, spec.dtype).search_counts
+            if counts is not None:
+                found[counts.data_ptr()] = counts
+    return SearchCounts(found.values()) if found else None
 
 
 def _allocate(num_pages: int, page_bytes: int) -> torch.Tensor:

@@ -213,7 +213,9 @@ def _give_archives(engine: VllmConfig) -> None:
         impl, its_name = layers[name].impl, archive.archive_name(name)
         if its_name not in context:
             context[its_name] = impl.archive = Archive(its_name)
-            patches.wrap_prompt_lengths()
+            patches.wrap_runner(engine)
+            if impl.kernel.search_counts is not None:
+                patches.wrap_outputs()
 
 
 def _asked() -> str:
@@ -466,9 +468,12 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             rotary: by which its queries and keys are rotated.
         """
         self.rotary = rotary
+        rotation = None
         if rotary is not None:
             rotation = Rotation(rotary.tables, rotary.spec.is_neox_style)
-            self.layer_config = replace(self.layer_config, rotation=rotation)
+        # vLLM has settled by now how long blocks are.
+        block_size = self.engine.cache_config.block_size or self.layer_config.block_size
+        self.layer_config = replace(self.layer_config, rotation=rotation, block_size=block_size)
         self.kernel = self.kernel_for(self.layer_config.block_size, self.layer_config.cache_dtype)
 
     def kernel_for(self, block_size: int, dtype: torch.dtype) -> Kernel:
@@ -601,10 +606,12 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
             query, written = query[rows], output[rows]
         else:
             written = output
-        if self.archive is None:
+        pages = None if self.archive is None else self.archive.pages
+        if self.archive is None or pages is None:
+            # No archive, or none yet: vLLM captures graphs to measure them before it plans caches.
             kernel.attend(query, cache, batch, written)
         else:
-            pages, recall = self.archive.pages, self.archive.batch()
+            recall = self.archive.batch()
             kernel.write_archive(key[rows], value[rows], pages, batch, recall)
             kernel.attend_and_recall(query, cache, batch, pages, recall, written)
         return output

@@ -211,11 +211,6 @@ def _middle_reasons(config: "VllmConfig", settings: Settings) -> list[str]:
     """What doesn't go with a middle that is recalled."""
     model, first = config.model_config, settings.middle_from_layer
     reasons = []
-    if (device := config.device_config.device_type) != "cpu":
-        reasons.append(
-            f"a model on {device}: what is recalled lies in an archive in host memory, which only "
-            "the CPU's engine reads so far; set middle_top_k to 0"
-        )
     num_layers = model.get_total_num_hidden_layers()
     windows = trained_length.layers_with_windows(model, config.cache_config.sliding_window)
     if first > num_layers:
@@ -250,6 +245,11 @@ def _middle_reasons(config: "VllmConfig", settings: Settings) -> list[str]:
         reasons.append(
             "--disable-hybrid-kv-cache-manager: the archive's blocks are managed apart from the "
             "window's; drop it"
+        )
+    if config.parallel_config.use_ubatching:
+        reasons.append(
+            "microbatches (--enable-dbo, --ubatch-size): which of their rows look isn't told; drop "
+            "them"
         )
     return [f"middle_top_k {settings.middle_top_k}, and {reason}" for reason in reasons]
 

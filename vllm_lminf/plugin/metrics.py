@@ -11,11 +11,13 @@ shown by the process that answers ``/metrics``, beside vLLM's own. `install` wra
 - `StatLoggerManager.__init__`. A class in the entry point group vllm.stat_logger_plugins is loaded
   into every server of the environment, LMINF selected or not, and turns the statistics on that
   --disable-log-stats turned off; offline engines never load it.
+- `Scheduler.update_from_output`, for what a worker counts: that arrives with a step's output, to
+  which the worker adds it (`vllm_lminf.plugin.patches.wrap_outputs`).
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,8 +40,19 @@ BLOCKS_FREED = "lminf_kv_blocks_freed"
 TOKENS_OUTSIDE = "lminf_tokens_outside_window"
 ARCHIVE_HELD = "lminf_archive_blocks_held"
 ARCHIVE_SIZE = "lminf_archive_blocks"
-NAMES = (BLOCKS_PINNED, BLOCKS_FREED, TOKENS_OUTSIDE, ARCHIVE_HELD, ARCHIVE_SIZE)
+SEARCHES = "lminf_archive_searches"
+SEARCHES_REPEATED = "lminf_archive_searches_repeated"
+NAMES = (
+    BLOCKS_PINNED,
+    BLOCKS_FREED,
+    TOKENS_OUTSIDE,
+    ARCHIVE_HELD,
+    ARCHIVE_SIZE,
+    SEARCHES,
+    SEARCHES_REPEATED,
+)
 
+_COUNTED = (SEARCHES, SEARCHES_REPEATED)
 _OF_THE_LAMBDA = ("n_global", "n_local", "distance_limit")
 _OF_THE_MIDDLE = (
     "middle_top_k",
@@ -51,6 +64,10 @@ _OF_THE_MIDDLE = (
 
 CARRIER = "num_kv_fetch_reqs_by_stage"
 """The field of `SchedulerStats` that the numbers travel in."""
+
+COUNTS = "lminf_search_counts"
+"""What a worker that counts searches adds to a step's output: searches so far, and those of them
+that weren't certain at once."""
 
 INTERVAL_S = 0.1
 """Least time between two readings of an engine that is busy."""
@@ -65,15 +82,33 @@ def install() -> None:
     _check_carrier()
     meters: WeakKeyDictionary[Scheduler, Meter] = WeakKeyDictionary()
 
+    def meter_of(scheduler: Scheduler) -> Meter:
+        if scheduler not in meters:
+            managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+            meters[scheduler] = Meter(managers)
+        return meters[scheduler]
+
     def load(original: Callable[..., Any], self: Scheduler, *args: Any, **kwargs: Any) -> Any:
         stats = original(self, *args, **kwargs)
         if stats is not None:
-            if self not in meters:
-                meters[self] = Meter(self.kv_cache_manager.coordinator.single_type_managers)
-            getattr(stats, CARRIER).update(meters[self].read(self.requests))
+            getattr(stats, CARRIER).update(meter_of(self).read(self.requests))
         return stats
 
+    def update(
+        original: Callable[..., Any],
+        self: Scheduler,
+        scheduler_output: Any,
+        model_runner_output: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        counts = getattr(model_runner_output, COUNTS, None)
+        if counts is not None:
+            meter_of(self).searches = counts
+        return original(self, scheduler_output, model_runner_output, *args, **kwargs)
+
     wrap(Scheduler, "make_stats", load)
+    wrap(Scheduler, "update_from_output", update)
     wrap(StatLoggerManager, "__init__", _add_logger)
 
 
@@ -110,6 +145,9 @@ class Meter:
 
     A reading takes time in proportion to the requests that run, and nobody looks after every step:
     it is taken `INTERVAL_S` after the last one, or as soon as no request holds a block any more.
+
+    Attributes:
+        searches: `COUNTS`, as they came last.
     """
 
     def __init__(self, managers: Iterable[object]) -> None:
@@ -124,6 +162,8 @@ class Meter:
         # none of them sees it.
         self._patterns = {m.pattern for m in self._managers}
         self._last_reading = -INTERVAL_S
+        self.searches: Sequence[int] = (0, 0)
+        self._searches_told: Sequence[int] = (0, 0)
 
     def read(self, requests: Mapping[str, Request]) -> dict[str, int]:
         """The state at the end of a step; empty where it isn't time for a reading.
@@ -138,7 +178,8 @@ class Meter:
             Blocks pinned now, each once however many requests share it; blocks that left a window
             and went back to the pool since the last reading; tokens, summed over the requests that
             hold blocks, that no later query sees; where the middle is recalled, also the blocks of
-            the archive that requests hold, and how many it has.
+            the archive that requests hold, and how many it has, and since the last reading the
+            searches that kernels counted and how many of them weren't certain at once.
         """
         now = time.monotonic()
         is_early = now < self._last_reading + INTERVAL_S
@@ -161,6 +202,10 @@ class Meter:
         numbers = {BLOCKS_PINNED: pinned, BLOCKS_FREED: freed, TOKENS_OUTSIDE: outside}
         for archive in self._archives:
             numbers |= {ARCHIVE_HELD: archive.num_pages_held, ARCHIVE_SIZE: archive.num_pages}
+        if self._archives:
+            told, self._searches_told = self._searches_told, self.searches
+            for name, count, before in zip(_COUNTED, self.searches, told, strict=True):
+                numbers[name] = count - before
         return numbers
 
 
@@ -212,6 +257,7 @@ class LambdaStatLogger(AggregateStatLoggerBase):
         self._freed = {index: freed.labels(model, str(index)) for index in engine_indexes}
         self._outside = {index: outside.labels(model, str(index)) for index in engine_indexes}
         self._archives: dict[str, dict[int, Gauge]] = {}
+        self._searches: dict[str, dict[int, Counter]] = {}
         if resolved.middle is not None:
             what = {
                 ARCHIVE_HELD: "that requests hold; one that several requests share counts once",
@@ -226,6 +272,19 @@ class LambdaStatLogger(AggregateStatLoggerBase):
                 )
                 by_engine = {index: gauge.labels(model, str(index)) for index in engine_indexes}
                 self._archives[name] = by_engine
+            which_searches = {
+                SEARCHES: "one for each head of a query that looks, in each layer",
+                SEARCHES_REPEATED: "that weren't certain at once, and went over a part again",
+            }
+            for name, which in which_searches.items():
+                counter = Counter(
+                    f"vllm:{name}",
+                    f"Searches of LM-Infinite's archive of the middle, {which}, in one of the "
+                    "engine's workers; 0 for kernels that don't count them.",
+                    labels,
+                )
+                by_index = {index: counter.labels(model, str(index)) for index in engine_indexes}
+                self._searches[name] = by_index
 
     def record(
         self,
@@ -240,6 +299,8 @@ class LambdaStatLogger(AggregateStatLoggerBase):
             self._outside[engine_idx].set(numbers[TOKENS_OUTSIDE])
             for name, gauges in self._archives.items():
                 gauges[engine_idx].set(numbers[name])
+            for name, counters in self._searches.items():
+                counters[engine_idx].inc(numbers[name])
 
     def log_engine_initialized(self) -> None:
         """Nothing to say: `LambdaMetadataBuilder` logs the settings in each worker."""

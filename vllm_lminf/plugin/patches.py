@@ -28,12 +28,22 @@ Wrapped functions:
 - ``vllm.v1.worker.gpu_model_runner.GPUModelRunner._build_attention_metadata``, where queries recall
   the middle: which of them do follows from the prompt's length. To file: hand
   `CommonAttentionMetadata.rswa_prefix_lens`, the prompts' lengths, to every backend.
+- ``vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs`` and
+  ``vllm.v1.worker.gpu.input_batch.InputBatch.make_dummy``: the same for the newer runner, which has
+  a place for the prompts' lengths, and fills it for models with R-SWA alone.
+- ``vllm.v1.worker.gpu.warmup._warmup_kernels``, where queries recall the middle: it draws blocks of
+  every group from the device's pool, and the archive has fewer. Its writes are sent to the null
+  blocks. To file: draw the blocks of a host-resident group from its own number of blocks.
+- ``vllm.v1.outputs.ModelRunnerOutput.__init__``, where a worker's kernels count searches of the
+  middle: a step's output takes the counts to the engine, see `vllm_lminf.plugin.metrics`. To file:
+  the same as there.
 - ``vllm.v1.worker.gpu_model_runner.GPUModelRunner.sample_tokens``, on CPUs: sets a CPU's generator
   back by an offset, which it doesn't have, and dies. To file: a seeded request whose prompt takes
   more than one step ends the engine on CPUs ("CPU Generator does not use offset"); keep the
   generators of discarded rows out of sampling instead of rewinding them, which
   vllm-project/vllm#10097 began and #43028 had to mend for XPUs.
-- ``vllm.v1.core.sched.scheduler.Scheduler.make_stats`` and
+- ``vllm.v1.core.sched.scheduler.Scheduler.make_stats``,
+  ``vllm.v1.core.sched.scheduler.Scheduler.update_from_output`` and
   ``vllm.v1.metrics.loggers.StatLoggerManager.__init__``: in `vllm_lminf.plugin.metrics`, which says
   why. Open: vllm-project/vllm#45864, "Add extensible engine core outputs for OOT backends".
 - ``vllm.v1.attention.backends.registry._AttentionBackendEnumMeta.__getitem__``: in
@@ -64,6 +74,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from vllm_lminf.errors import UnsupportedError
+from vllm_lminf.pattern import MAX_POSITION
 from vllm_lminf.plugin import speculation, wrapping
 from vllm_lminf.plugin.config import BACKEND_NAME
 from vllm_lminf.plugin.wrapping import wrap
@@ -265,9 +276,16 @@ def _wrap_inputs() -> None:
     wrap(InputProcessor, "process_inputs", process)
 
 
-def wrap_prompt_lengths() -> None:
-    """Has the archive's metadata builder know the prompts' lengths. Called where a worker's model
-    recalls: other processes never load the runner."""
+def wrap_runner(engine: VllmConfig) -> None:
+    """Has the archive's metadata builder know the prompts' lengths, in vLLM's runner of either
+    kind. Called where a worker's model recalls: other processes never load the runner."""
+    if engine.use_v2_model_runner:
+        _wrap_newer_runner()
+    else:
+        _wrap_older_runner()
+
+
+def _wrap_older_runner() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from vllm_lminf.plugin.archive_backend import prompt_lens
@@ -280,6 +298,59 @@ def wrap_prompt_lengths() -> None:
             prompt_lens.reset(token)
 
     wrap(GPUModelRunner, "_build_attention_metadata", build)
+
+
+def _wrap_newer_runner() -> None:
+    from vllm.v1.worker.gpu import warmup
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    def prepare(
+        original: Callable[..., Any], self: GPUModelRunner, *args: Any, **kwargs: Any
+    ) -> Any:
+        batch = original(self, *args, **kwargs)
+        if _is_selected(self.vllm_config):
+            batch.prompt_lens = self.req_states.prompt_len.gpu[batch.idx_mapping]
+        return batch
+
+    def make_up(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
+        """Requests that aren't there look at nothing, or at the null page."""
+        batch = original(cls, *args, **kwargs)
+        batch.prompt_lens = torch.full_like(batch.seq_lens, MAX_POSITION)
+        return batch
+
+    def warm_up(
+        original: Callable[..., Any], model_runner: GPUModelRunner, *args: Any, **kwargs: Any
+    ) -> Any:
+        tables = model_runner.block_tables
+        before = tables.redirect_writes_to_null_block
+        tables.redirect_writes_to_null_block |= _is_selected(model_runner.vllm_config)
+        try:
+            return original(model_runner, *args, **kwargs)
+        finally:
+            tables.redirect_writes_to_null_block = before
+
+    wrap(GPUModelRunner, "prepare_inputs", prepare)
+    wrap(InputBatch, "make_dummy", make_up)
+    wrap(warmup, "_warmup_kernels", warm_up)
+
+
+def wrap_outputs() -> None:
+    """Has a step's output carry the counts of searches, as far as they are known. Called where a
+    worker's kernels count them."""
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    from vllm_lminf.plugin.metrics import COUNTS
+    from vllm_lminf.plugin.search_counts import SearchCounts
+
+    def make(
+        original: Callable[..., None], self: ModelRunnerOutput, *args: Any, **kwargs: Any
+    ) -> None:
+        original(self, *args, **kwargs)
+        if SearchCounts.latest_step is not None:
+            setattr(self, COUNTS, SearchCounts.latest_step.read())
+
+    wrap(ModelRunnerOutput, "__init__", make)
 
 
 def _is_selected(config: VllmConfig) -> bool:

@@ -2,13 +2,20 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from vllm import LLM, SamplingParams
 
+from tests.engine import traffic
 from tests.engine.conftest import Engine
 from tests.engine.oracle_model import oracle_logprobs, save_tiny_llama
 from tests.engine.test_exactness import TOLERANCE, engine_logprobs, random_prompts
+from tests.engine.test_metrics import shown
+from tests.engine.test_middle import settings
+from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin import metrics, search_counts
+from vllm_lminf.plugin.metrics import SEARCHES, SEARCHES_REPEATED
 
 PATTERN = LambdaPattern(n_global=5, n_local=24, distance_limit=30)
 
@@ -62,3 +69,29 @@ def test_as_the_oracle_and_the_compiled_kernel(engine: Engine, tmp_path: Path) -
         torch.testing.assert_close(logprobs, other_logprobs, rtol=0, atol=TOLERANCE)
         expected = oracle_logprobs(model, tokens, PATTERN, torch.float32)[-len(logprobs) :]
         torch.testing.assert_close(logprobs, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_middle(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recalled by Triton's kernels; searches are counted."""
+    monkeypatch.setattr(metrics, "INTERVAL_S", 0)
+    monkeypatch.setattr(search_counts, "INTERVAL_S", 0)
+    model = save_tiny_llama(tmp_path / "model", num_heads=2, num_kv_heads=1, head_size=16)
+    middle = Middle(3, distance=30, rows=4, from_layer=2)
+    with engine(
+        model,
+        n_global=5,
+        n_local=16,
+        kernel="triton",
+        middle=settings(middle),
+        block_size=16,
+        max_num_batched_tokens=32,
+        max_model_len=100,
+        disable_log_stats=False,
+    ) as llm:
+        answers = traffic.ask(llm, [traffic.tokens(n, seed=n) for n in (3, 40)], 3)
+        numbers = shown(llm)
+    traffic.assert_equal_to_oracle(model, answers, LambdaPattern(5, 16, 16), middle)
+    # Two heads, for the last four rows of the prompt and the tokens behind it, but for the last
+    # steps': counts come one step late.
+    assert 0 < numbers[SEARCHES] <= 2 * (4 + 2)
+    assert numbers[SEARCHES_REPEATED] <= numbers[SEARCHES]

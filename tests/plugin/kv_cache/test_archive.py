@@ -20,6 +20,7 @@ from tests.plugin.kv_cache.simulation import make_spec
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.middle import ALL_ROWS, Middle
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin import archive as archive_module
 from vllm_lminf.plugin.archive import (
     ArchiveManager,
     ArchiveSpec,
@@ -280,6 +281,34 @@ class TestPlan:
             self.planned(engine, [dict.fromkeys(range(2), spec)])
         (reason,) = refusal.value.reasons
         assert re.search(advice, reason), reason
+
+    @pytest.mark.parametrize(
+        ("hosts", "backend", "fits"),
+        [(1, "mp", False), (2, "mp", True), (1, "ray", True)],
+        ids=["one host", "two hosts", "ray"],
+    )
+    def test_what_workers_of_one_host_take_is_held_against_its_memory(
+        self,
+        engine: VllmConfig,
+        hosts: int,
+        backend: str,
+        fits: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Two workers with half of the archive each; a host, or its container, has three quarters
+        of it. Where workers are placed at will, each is held against its own host alone."""
+        monkeypatch.setattr(archive_module, "host_memory", lambda: 3 * self.GIB // 32)
+        engine.parallel_config.world_size = 2
+        engine.parallel_config.nnodes = hosts
+        engine.parallel_config.distributed_executor_backend = backend
+        spec = self.spec(2, LambdaConfig.of(engine).pattern)
+        workers = [dict.fromkeys(range(4), spec)] * 2
+        if fits:
+            assert self.planned(engine, workers)
+        else:
+            match = r"0\.125, 0\.12 of them on this host, which has 0\.1 GiB .* container"
+            with pytest.raises(UnsupportedError, match=match):
+                self.planned(engine, workers)
 
     def test_pages_are_as_long_as_blocks(self, engine: VllmConfig) -> None:
         """vLLM gives layers with few key heads longer blocks, where others have more."""

@@ -67,6 +67,7 @@ class TestEnvironment:
             "CpuPlatform.get_attn_backend_cls",
             "EngineCore.__init__",
             "Scheduler.make_stats",
+            "Scheduler.update_from_output",
             "StatLoggerManager.__init__",
             "InputProcessor.process_inputs",
             "vllm.v1.engine.core.get_kv_cache_configs",
@@ -96,13 +97,6 @@ class TestConfiguration:
             draft = config.speculative_config
             assert draft.attention_backend is patches.backend_member()
             assert draft.draft_model_config.max_model_len == 100_000
-
-    def test_the_middle_is_recalled_on_cpus_alone(self, model_path: str) -> None:
-        section = {"lminf": {"n_local": 4096, "middle_top_k": 16}}
-        with pytest.raises(UnsupportedError, match="middle_top_k 16, and a model on cuda"):
-            EngineArgs(
-                model=model_path, attention_backend="LMINF", additional_config=section
-            ).create_engine_config()
 
     def test_what_is_served_nowhere(self, model_path: str) -> None:
         with pytest.raises(UnsupportedError) as refusal:
@@ -165,6 +159,69 @@ class TestKernel:
         triton, reference = refusal.value.reasons
         assert "float8_e4m3fn on compute capability 8.0" in triton
         assert reference.startswith("kernel 'reference' with --kv-cache-dtype fp8")
+
+
+class TestMiddle:
+    """Which kernel recalls, and what no kernel does."""
+
+    @staticmethod
+    def engine(model: str, kernel: str = "auto", **more: Any) -> VllmConfig:
+        arguments = {name: more.pop(name) for name in list(more) if not name.startswith("middle")}
+        section = {"n_local": 4096, "kernel": kernel, "middle_top_k": 16, **more}
+        return EngineArgs(
+            model=model,
+            attention_backend="LMINF",
+            additional_config={"lminf": section},
+            **arguments,
+        ).create_engine_config()
+
+    @pytest.mark.parametrize("capability", DEVICES, indirect=True, ids=str)
+    def test_triton(self, capability: DeviceCapability, model_path: str) -> None:
+        """On compute capability 9.0 too, where `hybrid` serves engines that recall nothing."""
+        for config in (self.engine(model_path), self.engine(model_path, "triton")):
+            resolved = LambdaConfig.of(config)
+            layer = layer_config_of(config, resolved.pattern, resolved.middle)
+            assert choose(resolved.kernel, layer).kernel == "triton"
+
+    def test_the_plain_kernel_by_name(self, model_path: str) -> None:
+        assert self.engine(model_path, "reference", middle_unit=32, middle_top_k=100)
+
+    @pytest.mark.parametrize(
+        ("asked", "named"),
+        [
+            ({"middle_unit": 32}, "single tokens, not blocks of 32: set middle_unit to token"),
+            ({"middle_top_k": 65}, "up to 64 tokens a query: set middle_top_k, which is 65"),
+        ],
+        ids=["blocks", "many"],
+    )
+    def test_what_triton_does_not_recall(
+        self, asked: dict[str, Any], named: str, model_path: str
+    ) -> None:
+        """No slower kernel takes its place."""
+        for kernel in ("auto", "triton"):
+            with pytest.raises(UnsupportedError) as refusal:
+                self.engine(model_path, kernel, **asked)
+            (reason,) = (r for r in refusal.value.reasons if r.startswith("kernel 'triton': "))
+            assert named in reason
+            assert not any("'reference'" in r for r in refusal.value.reasons)
+
+    @pytest.mark.parametrize("kernel", ["hybrid", "flash", "xformers"])
+    def test_kernels_that_recall_nothing(self, kernel: str, model_path: str) -> None:
+        with pytest.raises(UnsupportedError, match=f"kernel '{kernel}': it recalls nothing"):
+            self.engine(model_path, kernel)
+
+    @pytest.mark.parametrize("capability", [(7, 5)], indirect=True, ids=str)
+    def test_older_devices(self, capability: DeviceCapability, model_path: str) -> None:
+        with pytest.raises(UnsupportedError, match=r"kernel 'triton': compute capability 7\.5"):
+            self.engine(model_path, dtype="float16")
+
+    def test_8_bits(self, model_path: str) -> None:
+        with pytest.raises(UnsupportedError, match="--kv-cache-dtype fp8: the archive keeps no"):
+            self.engine(model_path, kv_cache_dtype="fp8")
+
+    def test_microbatches(self, model_path: str) -> None:
+        with pytest.raises(UnsupportedError, match="and microbatches"):
+            self.engine(model_path, ubatch_size=2)
 
 
 def test_no_platform_but_those(monkeypatch: pytest.MonkeyPatch) -> None:
