@@ -11,10 +11,12 @@ from vllm_lminf import __version__
 from vllm_lminf.cli import doctor as doctor_command
 from vllm_lminf.cli import eval as eval_command
 from vllm_lminf.cli import plan as plan_command
+from vllm_lminf.cli import serve as serve_command
 from vllm_lminf.cli.commands import add_commands
 from vllm_lminf.errors import CliError
 
 COMMANDS = {
+    "serve": serve_command,
     "plan": plan_command,
     "eval": eval_command,
     "doctor": doctor_command,
