@@ -20,6 +20,8 @@ HEAVY = ("vllm", "torch", "transformers", "matplotlib", "rich", "numpy")
         ("eval nll", "--distance-limit"),
         ("eval passkey", "--depths"),
         ("doctor", "--fix"),
+        ("plan", "--memory"),
+        ("serve", "--n-local"),
     ],
 )
 def test_help_loads_nothing_heavy(command: str, option: str) -> None:

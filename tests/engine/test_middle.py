@@ -1,5 +1,6 @@
 """The middle recalled in a real engine: the oracle's numbers, whatever runs beside it or before."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 from vllm import LLM
 
-from tests.engine.conftest import Engine, archive_manager, block_pool
+from tests.engine.conftest import Engine, archive_manager, block_pool, kv_cache_manager
 from tests.engine.oracle_model import save_tiny_llama
 from tests.engine.poison import assert_poison_changes_no_bit, poisoned
 from tests.engine.traffic import (
@@ -23,8 +24,10 @@ from tests.engine.traffic import (
     submit,
     tokens,
 )
+from vllm_lminf.cli.main import main
 from vllm_lminf.middle import ALL_ROWS, Middle
 from vllm_lminf.pattern import LambdaPattern
+from vllm_lminf.plugin.config import LambdaConfig
 
 pytestmark = pytest.mark.engine
 
@@ -220,6 +223,32 @@ class TestSmallArchive:
         together = assert_poison_changes_no_bit(llm, scenario)
         assert_equal_to_oracle(model, together, lambda_pattern(llm), self.MIDDLE)
         assert [a.tokens for a in together] == [a.tokens for a in alone(llm, prompts, 40)]
+
+    def test_it_is_what_was_planned(
+        self, llm: LLM, model: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """`vllm-lminf plan`, before anything started."""
+        words = ["plan", str(model), "--max-model-len", "400", "--memory", str(1 << 28)]
+        settings = {"n_global": 5, "middle_top_k": 4, "middle_rows": 20, "middle_from_layer": 2}
+        settings["archive_gib"] = LambdaConfig.of(llm.llm_engine.vllm_config).archive_gib
+        for name, value in settings.items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        words += ["--n-local", "40", "--middle-distance", "30", "--json"]
+        words += ["--block-size", str(BLOCK), "--max-num-batched-tokens", "128"]
+        assert main([*words, "--dtype", "float32", "--skip-tokenizer-init"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        full, _, middle = plan["rows"]
+        config, pool = llm.llm_engine.vllm_config, block_pool(llm)
+        assert plan["max_in_flight_tokens"] == config.max_in_flight_tokens
+        assert middle["pool_blocks"] == full["pool_blocks"] == pool.get_num_free_blocks()
+        device, archive = kv_cache_manager(llm).kv_cache_config.kv_cache_groups
+        held = device.kv_cache_spec.max_admission_blocks_per_request(
+            config.max_in_flight_tokens, 400
+        )
+        assert middle["request_blocks"] == held < full["request_blocks"] == 25
+        assert middle["archive_pages"] == archive_manager(llm).num_pages == self.PAGES
+        assert middle["archive_page_bytes"] == 3 * archive.kv_cache_spec.page_size_bytes
+        assert middle["requests"] == 1
 
     def test_hits_end_where_a_page_is_gone(self, llm: LLM) -> None:
         """The pool has blocks enough for all of them, and the archive hasn't."""

@@ -99,12 +99,17 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
 
 
 @contextlib.contextmanager
-def serve(model: str, log: Path, *arguments: str, **variables: str) -> Iterator[Server]:
-    """`VLLM_ATTENTION_BACKEND=LMINF vllm serve MODEL ..`, on a free port."""
+def serve(
+    model: str, log: Path, *arguments: str, own_command: bool = False, **variables: str
+) -> Iterator[Server]:
+    """`VLLM_ATTENTION_BACKEND=LMINF vllm serve MODEL ..`, or `vllm-lminf serve MODEL ..`, on a free
+    port."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    variables = ({} if own_command else {"VLLM_ATTENTION_BACKEND": "LMINF"}) | variables
+    vllm = [str(Path(sys.executable).with_name("vllm"))]
     command = [
-        str(Path(sys.executable).with_name("vllm")),
+        *([sys.executable, "-m", "vllm_lminf"] if own_command else vllm),
         *("serve", model, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"),
         *arguments,
     ]
@@ -113,7 +118,7 @@ def serve(model: str, log: Path, *arguments: str, **variables: str) -> Iterator[
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment | {"VLLM_ATTENTION_BACKEND": "LMINF"} | variables,
+            env=environment | variables,
         )
     try:
         wait_until_healthy(process, url, log)

@@ -1,6 +1,5 @@
 """A live server that recalls the middle: its numbers, and its answers under load."""
 
-import json
 import re
 from collections.abc import Iterator
 
@@ -42,7 +41,8 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A random model whose pool holds 752 tokens, and whose archive the longest request alone."""
+    """A random model whose pool holds 752 tokens, and whose archive the longest request alone;
+    started by `vllm-lminf serve`."""
     folder = tmp_path_factory.mktemp("recalling_server")
     model = save_tiny_llama(folder / "model", 2, 1, 32, num_layers=1)
     save_byte_tokenizer(model, TINY_VOCABULARY)
@@ -53,7 +53,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         *("--max-model-len", str(TINY_MAX_LEN), "--max-num-seqs", "8"),
         *("--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(POOL_BLOCKS)),
         *("--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "64M"),
-        *("--additional-config", json.dumps({"lminf": SETTINGS})),
+        *(f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()),
+        own_command=True,
     ) as running:
         yield running
 

@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from vllm_lminf import __version__
 from vllm_lminf.cli import doctor as doctor_command
 from vllm_lminf.cli import eval as eval_command
+from vllm_lminf.cli import plan as plan_command
+from vllm_lminf.cli import serve as serve_command
 from vllm_lminf.cli.commands import add_commands
 from vllm_lminf.errors import CliError
 
 COMMANDS = {
+    "serve": serve_command,
+    "plan": plan_command,
     "eval": eval_command,
     "doctor": doctor_command,
 }
@@ -23,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser with every command added."""
     parser = argparse.ArgumentParser(
         prog="vllm-lminf",
-        description="LM-Infinite attention for vLLM: measure what it does to your model.",
+        description="LM-Infinite attention for vLLM: serve, measure, plan, find what is wrong.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add_commands(parser, COMMANDS, "COMMAND")
@@ -35,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted.
     """
     words = eval_command.with_measure(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(words)
+    parser = build_parser()
+    args, passed_on = parser.parse_known_args(words)
+    args.passed_on = passed_on
+    if passed_on and not getattr(COMMANDS[args.command], "PASSES_ON", False):
+        parser.error(f"unrecognized arguments: {' '.join(passed_on)}")
     args.command_line = shlex.join(["vllm-lminf", *words])
     try:
         status: int = args.run(args)

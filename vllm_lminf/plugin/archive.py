@@ -131,20 +131,41 @@ def recalling_layers(resolved: LambdaConfig, patterns: Mapping[str, Pattern]) ->
     ]
 
 
-def plan(engine: VllmConfig, configs: list[KVCacheConfig]) -> list[KVCacheConfig]:
-    """Adds the archive to what vLLM planned; nothing where nothing recalls.
+@dataclass(frozen=True)
+class ArchivePages:
+    """How the archive of an engine is cut.
+
+    Attributes:
+        page: in the archive of one layer.
+        layers: of every worker, those that recall; a page of a request is one in each of them.
+    """
+
+    page: ArchiveFormat
+    layers: list[list[str]]
+
+    @property
+    def bytes_in_all_layers(self) -> int:
+        """What a block of a request's tokens takes."""
+        return self.page.page_bytes * sum(map(len, self.layers))
+
+    def num_within(self, gib: float) -> int:
+        """Pages in an archive of so many GiB, of which vLLM's null block is one."""
+        return int(gib * _GIB) // self.bytes_in_all_layers
+
+
+def pages_of(engine: VllmConfig, configs: Sequence[KVCacheConfig]) -> ArchivePages | None:
+    """How the archive is cut; None where nothing recalls.
 
     Args:
         engine: its settings are resolved.
-        configs: of every worker.
+        configs: of every worker, as vLLM planned them.
 
     Raises:
-        UnsupportedError: the archive doesn't hold the longest sequence, or the host hasn't got the
-            memory, or no layer recalls, or those that do differ in their keys.
+        UnsupportedError: no layer recalls, or those that do differ in their keys.
     """
     resolved = LambdaConfig.of(engine)
     if resolved.middle is None:
-        return configs
+        return None
     recalling: list[list[str]] = []
     found: dict[ArchiveFormat, list[str]] = {}
     for config in configs:
@@ -177,11 +198,27 @@ def plan(engine: VllmConfig, configs: list[KVCacheConfig]) -> list[KVCacheConfig
                 "middle_from_layer to leave some out, or middle_top_k to 0"
             ]
         )
-    ((page, names),) = found.items()
-    page_of_all = page.page_bytes * len(names)
-    num_pages = int(resolved.archive_gib * _GIB) // page_of_all
-    page_of_host = page.page_bytes * _most_on_one_host(engine, list(map(len, recalling)))
-    _check_size(engine, num_pages, page_of_all, page_of_host, page.block_size)
+    return ArchivePages(next(iter(found)), recalling)
+
+
+def plan(engine: VllmConfig, configs: list[KVCacheConfig]) -> list[KVCacheConfig]:
+    """Adds the archive to what vLLM planned; nothing where nothing recalls.
+
+    Args:
+        engine: its settings are resolved.
+        configs: of every worker.
+
+    Raises:
+        UnsupportedError: the archive doesn't hold the longest sequence, or the host hasn't got the
+            memory, or no layer recalls, or those that do differ in their keys.
+    """
+    pages = pages_of(engine, configs)
+    if pages is None:
+        return configs
+    page = pages.page
+    num_pages = pages.num_within(LambdaConfig.of(engine).archive_gib)
+    page_of_host = page.page_bytes * _most_on_one_host(engine, list(map(len, pages.layers)))
+    _check_size(engine, num_pages, pages.bytes_in_all_layers, page_of_host, page.block_size)
     spec = ArchiveSpec(
         block_size=page.block_size,
         num_kv_heads=page.num_kv_heads,
@@ -191,7 +228,7 @@ def plan(engine: VllmConfig, configs: list[KVCacheConfig]) -> list[KVCacheConfig
         num_pages=num_pages,
         index_bits=page.index_bits,
     )
-    for config, layer_names in zip(configs, recalling, strict=True):
+    for config, layer_names in zip(configs, pages.layers, strict=True):
         archives = [archive_name(name) for name in layer_names]
         config.kv_cache_groups.append(KVCacheGroupSpec(archives, spec, host_resident=True))
         # vLLM tells by it how many requests there is room for.

@@ -184,16 +184,7 @@ class LambdaAttentionBackend(AttentionBackend):
         engine = LambdaAttentionImpl.built_last.engine
         models.settle(engine)
         _give_archives(engine)
-        if type(spec) is SlidingWindowSpec:
-            own_window = spec.sliding_window
-        elif type(spec) is FullAttentionSpec and not spec.non_causal:
-            own_window = None
-        else:
-            raise UnsupportedError([f"a KV cache of kind {spec}: not served"])
-        if spec.head_size_v != spec.head_size:
-            sizes = f"keys of {spec.head_size} dimensions and values of {spec.head_size_v}"
-            raise UnsupportedError([f"{sizes}: not served"])
-        return LambdaSpec.of(spec, cache_pattern(engine, own_window), engine.num_lookahead_tokens)
+        return kept_by_its_pattern(engine, spec)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -202,6 +193,24 @@ class LambdaAttentionBackend(AttentionBackend):
     @classmethod
     def supports_sink(cls) -> bool:
         return True
+
+
+def kept_by_its_pattern(engine: VllmConfig, spec: AttentionSpec) -> LambdaSpec:
+    """A layer's cache under the Λ that it sees, in place of what vLLM planned for it.
+
+    Raises:
+        UnsupportedError: it is of another kind than decoders' attention has.
+    """
+    if type(spec) is SlidingWindowSpec:
+        own_window = spec.sliding_window
+    elif type(spec) is FullAttentionSpec and not spec.non_causal:
+        own_window = None
+    else:
+        raise UnsupportedError([f"a KV cache of kind {spec}: not served"])
+    if spec.head_size_v != spec.head_size:
+        sizes = f"keys of {spec.head_size} dimensions and values of {spec.head_size_v}"
+        raise UnsupportedError([f"{sizes}: not served"])
+    return LambdaSpec.of(spec, cache_pattern(engine, own_window), engine.num_lookahead_tokens)
 
 
 def _give_archives(engine: VllmConfig) -> None:

@@ -59,7 +59,7 @@ _WHOLE = {
 }
 """The least and the largest value of the settings that are, or can be, whole numbers."""
 
-_ALLOWED = {
+ALLOWED = {
     "n_global": f"a whole number of tokens, 0 to {MAX_POSITION}",
     "n_local": f"a whole number of tokens, 1 to {MAX_POSITION}",
     "distance_limit": f"a whole number of tokens, n_local to {MAX_POSITION}",
@@ -72,14 +72,14 @@ _ALLOWED = {
     "middle_unit": f'"{TOKEN}", or a multiple of {UNIT_MULTIPLE} tokens, up to {MAX_UNIT}',
     "archive_gib": f"a number of GiB above 0, up to {MAX_ARCHIVE_GIB}",
 }
-_NAMES = tuple(_ALLOWED)
+_NAMES = tuple(ALLOWED)
 _OF_THE_MIDDLE = frozenset(_NAMES[_NAMES.index("middle_top_k") + 1 :])
-_VARIABLES = {name: VARIABLE_PREFIX + name.upper() for name in _NAMES}
+VARIABLES = {name: VARIABLE_PREFIX + name.upper() for name in _NAMES}
 _PLACE = f'--additional-config \'{{"{SECTION}": {{"n_global": 10, "n_local": 4096}}}}\''
 
 
-_HOW = f"  Set them with {_PLACE} or with {', '.join(_VARIABLES.values())}:\n" + "\n".join(
-    f"    {name}: {what}" for name, what in _ALLOWED.items()
+_HOW = f"  Set them with {_PLACE} or with {', '.join(VARIABLES.values())}:\n" + "\n".join(
+    f"    {name}: {what}" for name, what in ALLOWED.items()
 )
 
 
@@ -171,11 +171,11 @@ class Settings:
         if resolved is not None:
             section = resolved._deviations()
         values: dict[str, Any] = {}
-        for name, variable in _VARIABLES.items():
+        for name, variable in VARIABLES.items():
             if name in section:
                 value = _check(f'"{name}" in {SECTION}', name, section[name], problems)
             elif variable in environ and resolved is None:
-                value = _check(variable, name, _parse(name, environ[variable]), problems)
+                value = _check(variable, name, parse_value(name, environ[variable]), problems)
             else:
                 continue
             if value is not None:
@@ -438,15 +438,15 @@ def _misplaced(tree: object, where: str, is_top: bool = True) -> Iterator[str]:
 
 def _unread_variables(environ: Mapping[str, str]) -> Iterator[str]:
     """Problems with variables that look like ours, or like nobody else's."""
-    names = ", ".join(sorted(_VARIABLES.values()))
+    names = ", ".join(sorted(VARIABLES.values()))
     ours_alone = {canonical(name) for name in _NAMES if name != "kernel"}
     for variable in sorted(environ):
-        if variable in _VARIABLES.values():
+        if variable in VARIABLES.values():
             continue
         plain = canonical(variable)
         rest = plain.removeprefix("VLLM").removeprefix(BACKEND_NAME)
         meant = _nearest_setting(rest)
-        hint = "" if meant is None else f" (is {_VARIABLES[meant]} meant?)"
+        hint = "" if meant is None else f" (is {VARIABLES[meant]} meant?)"
         is_named_after_us = plain.removeprefix("VLLM").startswith(BACKEND_NAME)
         if _is_own_variable(variable) or (is_named_after_us and meant is not None):
             yield f"{variable} is not a variable of this plugin{hint}; there are: {names}"
@@ -473,7 +473,7 @@ def _hint(name: str) -> str:
     return "" if meant is None else f' (is "{meant}" meant?)'
 
 
-def _parse(name: str, text: str) -> int | float | str:
+def parse_value(name: str, text: str) -> int | float | str:
     """An environment variable's value; left as text where it is no number of the setting's kind."""
     text = text.strip()
     for kind in (int, float) if name == "archive_gib" else (int,):
@@ -486,7 +486,7 @@ def _parse(name: str, text: str) -> int | float | str:
 
 def _check(source: str, name: str, value: Any, problems: list[str]) -> int | float | str | None:
     if not _is_allowed(name, value):
-        problems.append(f"{source} is {shown(value)}: it must be {_ALLOWED[name]}")
+        problems.append(f"{source} is {shown(value)}: it must be {ALLOWED[name]}")
         return None
     return value
 

@@ -13,12 +13,15 @@ Nothing of vLLM is changed here but its list of known variables; what is wrapped
   variables, so that VLLM_* of theirs are neither warned of nor refused.
 - `lora_manager`, which vLLM sets on a model (`leave_adapters_out`). To file: run a model without
   adapters by a setting of `set_forward_context`.
+- where a pool is planned, and in how many steps (`plan_pools`), which differs between versions. To
+  file: let a plan be asked for by an engine's configuration and its layers' caches alone.
 - that `VllmJitKernel` counts keys (`register_warm_up`). To file: let a backend name a function to
   be run once caches are there, before graphs are captured.
 """
 
 import copy
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +30,7 @@ import huggingface_hub
 import torch
 import vllm.envs
 from vllm.config import ModelConfig, VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 
 def declare_variables(names: list[str]) -> None:
@@ -74,6 +78,37 @@ def register_warm_up(engine: VllmConfig, warm_up: Callable[[VllmConfig], None]) 
             warm_up(engine)
 
     WarmUp().register_warmup()
+
+
+def plan_pools(
+    config: VllmConfig, specs: list[dict[str, KVCacheSpec]], memory: list[int]
+) -> list[KVCacheConfig]:
+    """vLLM's plan of the pool of every worker, as its engine makes it once the models are there.
+
+    Args:
+        config: the engine's.
+        specs: of every worker, the caches of its layers.
+        memory: of every worker, in bytes.
+
+    Raises:
+        ValueError: the memory is too small for the longest sequence.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+    from vllm.v1.attention.backends import utils
+
+    backends = get_current_attn_backends(config)
+    layouts = [layout.name for layout in utils.get_supported_kv_cache_layouts(backends)]
+    utils.resolve_kv_cache_layout(
+        config, [layouts] * len(specs), [spec for each in specs for spec in each.values()]
+    )
+    try:
+        planning: Any = importlib.import_module("vllm.v1.core.kv_cache_planning")
+    except ModuleNotFoundError:
+        planning = importlib.import_module("vllm.v1.core.kv_cache_utils")
+    of_all_workers = getattr(planning, "get_global_kv_cache_groups", None)
+    groups = () if of_all_workers is None else (of_all_workers(config, specs),)
+    pools: list[KVCacheConfig] = planning.get_kv_cache_configs(config, specs, memory, *groups)
+    return pools
 
 
 def reasons_against_flash_attention() -> list[str]:
