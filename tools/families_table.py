@@ -13,6 +13,8 @@ from vllm import LLM
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
+from vllm_lminf.cli.encoding import describe
+
 _ROOT = Path(__file__).parents[1]
 PAGE = _ROOT / "docs" / "families.md"
 MEASURED = _ROOT / "build" / "families.json"
@@ -23,15 +25,6 @@ _HEAD = ("family", "model type", "encoding", "heads", "off by at most", "status"
 
 SERVED = "served"
 REFUSED = "refused"
-
-_ROPE_NAMES = {
-    "default": "RoPE",
-    "linear": "RoPE, linear scaling",
-    "llama3": "RoPE, llama3 scaling",
-    "yarn": "YaRN",
-    "dynamic": "RoPE, dynamic NTK",
-    "longrope": "LongRoPE",
-}
 
 
 @dataclass(frozen=True)
@@ -81,26 +74,13 @@ def _layers(llm: LLM) -> list[Attention]:
 
 def _encoding(llm: LLM) -> str:
     layers = _layers(llm)
-    impls = [layer.impl for layer in layers]
-    if impls[0].rules.alibi_slopes is not None:
-        parts = ["ALiBi"]
-    else:
-        config = llm.llm_engine.vllm_config.model_config.hf_text_config
-        given = getattr(config, "rope_parameters", None) or {}
-        per_type = [p for p in given.values() if isinstance(p, dict)] or [given]
-        parts = list(dict.fromkeys(_ROPE_NAMES[p.get("rope_type", "default")] for p in per_type))
-        spec = impls[0].rotary.spec
-        if spec.rotary_dim < layers[0].head_size:
-            parts.append(f"on {spec.rotary_dim} of {layers[0].head_size} dimensions")
-        if not spec.is_neox_style:
-            parts.append("interleaved pairs")
-    if windowed := sum(layer.sliding_window is not None for layer in layers):
-        parts.append(f"own window kept in {windowed} of {len(layers)} layers")
-    if impls[0].rules.softcap is not None:
-        parts.append("soft-capping")
-    if impls[0].rules.sinks is not None:
-        parts.append("learned sinks")
-    return "; ".join(parts)
+    rotary = layers[0].impl.rotary
+    return describe(
+        llm.llm_engine.vllm_config.model_config.hf_text_config,
+        layers,
+        None if rotary is None else rotary.spec.rotary_dim,
+        rotary is None or rotary.spec.is_neox_style,
+    )
 
 
 def save(rows: Iterable[Row]) -> None:

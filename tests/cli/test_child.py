@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_lminf.cli.child import LOG_TAIL_LINES, Event, excerpt, run_child
+from vllm_lminf.cli.child import LOG_TAIL_LINES, Event, ask_child, excerpt, run_child
 from vllm_lminf.errors import CliError
 
 CHILD = """
@@ -47,6 +47,23 @@ def test_an_exception_is_reported_with_the_log(tmp_path: Path) -> None:
     assert message.startswith("the pool is too small\n")
     assert str(tmp_path / "child.log") in message
     assert "Traceback" in message
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise ValueError('no such option')", r"no such option"),
+        ("os._exit(3)", r"it ended with status 3\n    a line of log"),
+    ],
+)
+def test_a_log_that_is_not_kept(tmp_path: Path, body: str, said: str) -> None:
+    """What a child tells is enough; where it tells nothing, its log does."""
+    (tmp_path / "some_child.py").write_text(
+        CHILD.format(body=f"sys.stdout.flush(); {body}"), encoding="utf-8"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"}
+    with pytest.raises(CliError, match=rf"^{said}$"):
+        ask_child("some_child", {}, env)
 
 
 def test_the_first_error_of_a_long_log_is_shown(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ HEAVY = ("vllm", "torch", "transformers", "matplotlib", "rich", "numpy")
         ("eval", "passkey"),
         ("eval nll", "--distance-limit"),
         ("eval passkey", "--depths"),
+        ("eval ruler", "--tasks"),
         ("doctor", "--fix"),
         ("plan", "--memory"),
         ("serve", "--n-local"),
@@ -50,7 +51,7 @@ def test_options_of_eval() -> None:
     words = ["eval", "nll", "--model", "m", "--text", "t", "--output", "o"]
     args = build_parser().parse_args(words)
     assert (args.n_global, args.n_local, args.distance_limit) == (None, None, None)
-    assert (args.engines, args.lengths, args.chunk) == ("full,lminf", None, 2048)
+    assert (args.engines, args.lengths, args.chunk) == (None, None, 2048)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """The evaluation around its engines, which are replaced by recorded answers."""
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,104 @@ def test_a_failed_engine_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     pytest.importorskip("matplotlib")
     assert main(arguments(tmp_path, model="broken")) == 1
     assert "the full attention engine stopped: it ended with status -9" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_where_it_ended(
+    tmp_path: Path, jobs: Jobs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    argv = arguments(tmp_path)
+    assert main([*argv, "--engines", "full"]) == 0
+    jobs.clear()
+    capsys.readouterr()
+    assert main(argv) == 0
+    assert [(name, job.get("engine")) for name, job, _ in jobs] == [
+        ("model_facts", None),
+        ("scoring", "lminf"),
+    ]
+    shown = capsys.readouterr().out
+    assert f"Measured before: {tmp_path}/out/full.json; to measure again" in shown
+    assert f"{tmp_path}/out/lminf.json" not in shown
+    jobs.clear()
+    assert main([*argv, "--n-global", "4", "--json"]) == 0
+    assert [job.get("engine") for _, job, _ in jobs] == [None, "lminf"]
+    data = json.loads(capsys.readouterr().out)
+    assert data == json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
+    assert list(data["results"]) == ["full", "lminf"]
+
+
+def test_a_file_that_is_none_of_ours_is_measured_over(tmp_path: Path, jobs: Jobs) -> None:
+    pytest.importorskip("matplotlib")
+    argv = arguments(tmp_path, "--engines", "full")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/full.json").write_text("[]")
+    assert main(argv) == 0
+    assert len(jobs) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--url", "http://x", "--n-local", "4"], "--n-local is not for --url"),
+        (["--url", "http://x", "--engines", "full"], "--engines is not for --url"),
+        (["--served-model", "m"], "--served-model is for --url alone"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], reason: str
+) -> None:
+    assert main(arguments(tmp_path, *options)) == 1
+    assert reason in capsys.readouterr().err
+
+
+class Scores(BaseHTTPRequestHandler):
+    """Gives each token its number's thousandth as its log-probability, negated."""
+
+    def do_GET(self) -> None:
+        self.reply({"data": [{"id": "one"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert (body["model"], body["echo"], body["max_tokens"]) == ("one", True, 1)
+        found = [None, *(-token / 1000 for token in body["prompt"][1:]), -9.0]
+        self.reply({"choices": [{"logprobs": {"token_logprobs": found}}]})
+
+    def reply(self, data: dict[str, Any]) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(data).encode())
+
+    def log_message(self, *words: Any) -> None:
+        """Says nothing."""
+
+
+def test_a_server_scores(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sample_result: Callable[..., ScoringResult],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The child is real, and the text is token n at place n."""
+    pytest.importorskip("matplotlib")
+    facts = {"trained_length": 64, "kv_bytes_per_token": 100, "token_ids": list(range(300))}
+    monkeypatch.setattr(engines, "run_child", lambda *args, **kwargs: facts)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Scores) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.server_address[1]}"
+        status = main(arguments(tmp_path, "--url", url, "--lengths", "64,256"))
+        listening.shutdown()
+        thread.join()
+    assert status == 0
+    data = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
+    short, long = data["results"]["server"]["figures"]
+    assert short["nll"] == pytest.approx(0.0475)  # of the tokens 32 to 63
+    assert long["nll"] == pytest.approx(0.1915)
+    assert long["kv_blocks"] is None
+    shown = capsys.readouterr().out
+    assert "256 *" in shown
+    assert "vllm serve" not in shown
+    assert (tmp_path / "out/lminf.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_text_that_is_not_text_is_refused(

@@ -42,11 +42,11 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Row]], dict[str, A
     def answer_with(with_rows: list[Row]) -> dict[str, Any]:
         asked: dict[str, Any] = {}
 
-        def run_child(module: str, job: dict[str, Any], **others: Any) -> Any:
-            asked.update(job, env=others["env"])
+        def ask_child(module: str, job: dict[str, Any], env: dict[str, str]) -> Any:
+            asked.update(job, env=env)
             return asdict(Plan(1024, 2048, "cpu", with_rows))
 
-        monkeypatch.setattr(plan, "run_child", run_child)
+        monkeypatch.setattr(plan, "ask_child", ask_child)
         return asked
 
     return answer_with

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,11 +39,13 @@ def run_child(
     env: Mapping[str, str],
     log_path: Path,
     on_event: Callable[[Event], None],
+    keeps_log: bool = True,
 ) -> Any:
     """Run ``python -m module`` on ``job`` and return the ``result`` that it sends.
 
     Every other event goes to ``on_event`` as it arrives. A child that fails raises ``CliError``
-    with its reason, the path of its log and the log's last lines.
+    with its reason, the path of its log and the log's last lines; where the log isn't kept, with
+    the reason alone, or with these lines if it gave none.
     """
     read_fd, write_fd = os.pipe()
     with log_path.open("wb") as log, os.fdopen(read_fd, encoding="utf-8") as answers:
@@ -68,7 +71,22 @@ def run_child(
     if outcome["event"] == "result":
         return outcome["result"]
     reason = outcome.get("message") or f"it ended with status {process.returncode}"
-    raise CliError(f"{reason}\nlog: {log_path}\n{excerpt(log_path)}")
+    if keeps_log:
+        raise CliError(f"{reason}\nlog: {log_path}\n{excerpt(log_path)}")
+    raise CliError(reason if "message" in outcome else f"{reason}\n{excerpt(log_path)}")
+
+
+def ask_child(module: str, job: Mapping[str, Any], env: Mapping[str, str]) -> Any:
+    """The same for a child that answers soon, and whose log nobody needs."""
+    with tempfile.TemporaryDirectory(prefix="vllm-lminf-") as folder:
+        return run_child(
+            module,
+            job,
+            env=env,
+            log_path=Path(folder) / "log",
+            on_event=lambda event: None,
+            keeps_log=False,
+        )
 
 
 def excerpt(log_path: Path) -> str:

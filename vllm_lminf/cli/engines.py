@@ -23,6 +23,9 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 RECORDED_VARIABLES = ("VLLM_CPU_", "VLLM_LMINF_", "OMP_")
 """Environment variables that change the figures, by how their names start."""
 
+PLUGIN = "lminf"
+"""This plugin's name among vLLM's."""
+
 EXTRA_BLOCK_TOKENS = 512
 """Room for a request's last block, which is never whole, in tokens of KV cache."""
 
@@ -60,6 +63,24 @@ def problems_of_paths(model: Path) -> Iterator[str]:
         yield "matplotlib is not installed: pip install 'matplotlib>=3.9,<4'"
 
 
+def model_of(text: str) -> str:
+    """Return a checkpoint's folder, or the name that vLLM finds it by.
+
+    Raises:
+        CliError: it is a path, and there is no checkpoint.
+    """
+    path = Path(text)
+    if path.name == "config.json" and path.is_file():
+        return str(path.parent.resolve())
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CliError(f"{text}: no checkpoint there (it has no config.json)")
+        return str(path.resolve())
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise CliError(f"{text}: no such folder")
+    return text
+
+
 def make_folder(output: Path) -> None:
     """Make the folder for what is written."""
     try:
@@ -84,6 +105,24 @@ def check_settings(settings: Mapping[str, Any], trained_length: int | None) -> N
         read_settings(settings).pattern(trained_length)
     except SettingsError as error:
         raise CliError(str(error)) from error
+
+
+def reason_for_exclusion(environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return why vLLM would load other plugins without this one, and what to do; None if it
+    wouldn't.
+    """
+    only = environ.get("VLLM_PLUGINS")
+    if only is None or PLUGIN in only.split(","):
+        return None
+    return (
+        f"VLLM_PLUGINS is {only!r}, which shuts this plugin out",
+        f"add {PLUGIN} to it, or unset it",
+    )
+
+
+def api_url(given: str) -> str:
+    """Return a server's address up to and with ``/v1``, whether that was given or not."""
+    return f"{given.rstrip('/').removesuffix('/v1')}/v1"
 
 
 def recorded_variables(environ: Mapping[str, str]) -> dict[str, str]:

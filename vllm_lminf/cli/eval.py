@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from vllm_lminf.cli import nll
 from vllm_lminf.cli.commands import add_commands
 from vllm_lminf.cli.passkey import command as passkey
+from vllm_lminf.cli.ruler import command as ruler
 
-HELP = "measure a model with LMINF beside other attention: log-loss of a text, or passkeys found"
+HELP = "measure a model with LMINF beside other attention: log-loss, passkeys, RULER's tasks"
 
-MEASURES = {"nll": nll, "passkey": passkey}
+MEASURES = {"nll": nll, "passkey": passkey, "ruler": ruler}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

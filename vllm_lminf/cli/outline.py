@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 LARGE = 1 << 20
 """Numbers in a tensor that is made without memory."""
 
+AMPLE = 1 << 60
+"""Bytes of memory in which any request fits: for plans, by which nothing is allocated."""
+
 
 def parse_engine_arguments(model: str, words: Sequence[str]) -> EngineArgs:
     """The arguments of a server's engine.

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_lminf.cli.child import run_child
-from vllm_lminf.cli.engines import engine_environment, read_settings
+from vllm_lminf.cli.child import ask_child
+from vllm_lminf.cli.engines import engine_environment, model_of, read_settings
 from vllm_lminf.cli.machine import versions
 from vllm_lminf.cli.planning import FULL, MIDDLE, Plan, PlanJob, Row
 from vllm_lminf.cli.quantities import memory, shown_bytes, tokens
@@ -96,38 +95,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def model_of(text: str) -> str:
-    """Return a checkpoint's folder, or the name that vLLM finds it by.
-
-    Raises:
-        CliError: it is a path, and there is no checkpoint.
-    """
-    path = Path(text)
-    if path.name == "config.json" and path.is_file():
-        return str(path.parent.resolve())
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CliError(f"{text}: no checkpoint there (it has no config.json)")
-        return str(path.resolve())
-    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
-        raise CliError(f"{text}: no such folder")
-    return text
-
-
 def ask(job: PlanJob) -> Plan:
     """Have a child process plan."""
     environ = engine_environment(os.environ, lminf=False)
     # Full attention is planned beyond the trained length too.
     environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    with tempfile.TemporaryDirectory(prefix="vllm-lminf-") as folder:
-        data = run_child(
-            "vllm_lminf.cli.planning",
-            asdict(job),
-            env=environ,
-            log_path=Path(folder) / "plan.log",
-            on_event=lambda event: None,
-        )
-    return Plan.from_json(data)
+    return Plan.from_json(ask_child("vllm_lminf.cli.planning", asdict(job), environ))
 
 
 def as_data(job: PlanJob, plan: Plan) -> dict[str, Any]:

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 SHARES_OF_TRAINED = (1, 2, 4)
 """Default windows: the trained length divided by these."""
 
-AMPLE = 1 << 60
-"""Bytes in which any request fits; nothing is allocated."""
-
 FULL, LMINF, MIDDLE = "full", "lminf", "middle"
 
 
@@ -213,7 +210,7 @@ class _Planner:
 
         resolved = None if attention == FULL else LambdaConfig.of(config)
         specs = dict(_specs(config, with_lminf=resolved is not None))
-        (pool,) = versions.plan_pools(config, [specs], [AMPLE])
+        (pool,) = versions.plan_pools(config, [specs], [outline.AMPLE])
         block_bytes = pool.kv_cache_tensors[0].size // pool.num_blocks
         pages = None if resolved is None else archive.pages_of(config, [pool])
         of_archive: dict[str, Any] = {}

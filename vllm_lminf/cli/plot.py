@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_lminf.cli.report import LABELS, Evaluation
-from vllm_lminf.cli.scoring_job import NLL_BUCKET, EngineName
+from vllm_lminf.cli.scoring_job import NLL_BUCKET, SERVER, EngineName, LengthFigures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS: dict[EngineName, str] = {"full": "#b5541c", "lminf": "#1f6fb4"}
+COLORS: dict[EngineName, str] = {
+    "full": "#b5541c",
+    "lminf": "#1f6fb4",
+    "server": "#3a7d44",
+}
 GREY = "#666666"
+
+OTHERS: tuple[tuple[str, Callable[[LengthFigures], float | None]], ...] = (
+    ("Decode time, ms per token", lambda f: f.decode_ms_per_token),
+    ("KV blocks held by the request", lambda f: f.kv_blocks),
+)
+"""The panels beside quality, which an engine alone has figures for."""
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
-    """Draw three panels over the same lengths and save them as a PNG."""
+    """Draw three panels over the same lengths and save them as a PNG; of a server's figures the
+    first alone.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), dpi=150, layout="constrained")
-    quality, speed, memory = figure.subplots(1, 3)
+    is_whole = SERVER not in evaluation.results
+    figure = Figure(figsize=(13 if is_whole else 6.5, 4.2), dpi=150, layout="constrained")
+    quality, *others = figure.subplots(1, 3 if is_whole else 1, squeeze=False)[0]
     for engine, result in evaluation.results.items():
         lengths = [f.length for f in result.figures]
         style: dict[str, Any] = {"color": COLORS[engine], "marker": "o", "markersize": 5}
         middles = [(k + 0.5) * NLL_BUCKET for k in range(len(result.nll_curve))]
         quality.plot(middles, result.nll_curve, color=COLORS[engine], linewidth=0.8, alpha=0.35)
         quality.plot(lengths, [f.nll for f in result.figures], label=LABELS[engine], **style)
-        speed.plot(lengths, [f.decode_ms_per_token for f in result.figures], **style)
-        memory.plot(lengths, [f.kv_blocks for f in result.figures], **style)
+        for axes, (_, figure_of) in zip(others, OTHERS, strict=False):
+            axes.plot(lengths, [figure_of(f) for f in result.figures], **style)
 
     quality.set_title("NLL, nats per token (lower is better)")
-    speed.set_title("Decode time, ms per token")
-    memory.set_title("KV blocks held by the request")
-    for axes in (speed, memory):
+    for axes, (title, _) in zip(others, OTHERS, strict=False):
+        axes.set_title(title)
         axes.set_ylim(bottom=0)
-    for axes in (quality, speed, memory):
+    for axes in (quality, *others):
         _finish(axes, evaluation)
     quality.set_xlabel(f"tokens (thin: mean of every {NLL_BUCKET})")
     quality.legend(loc="upper left", framealpha=1, edgecolor="none")

@@ -15,15 +15,23 @@ from vllm_lminf.cli.scoring_job import NLL_BUCKET, EngineName, LengthFigures, Sc
 if TYPE_CHECKING:
     from rich.console import Console
 
-LABELS: dict[EngineName, str] = {"full": "full attention", "lminf": "LMINF"}
+LABELS: dict[EngineName, str] = {
+    "full": "full attention",
+    "lminf": "LMINF",
+    "server": "server",
+}
 
 Cell = Callable[[LengthFigures], str]
 COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("NLL", lambda f: f"{f.nll:.3f}"),
-    ("prefill\ntok/s", lambda f: f"{f.prefill_tokens_per_s:.0f}"),
-    ("decode\nms/tok", lambda f: f"{f.decode_ms_per_token:.1f}"),
-    ("KV\nblocks", lambda f: str(f.kv_blocks)),
+    ("prefill\ntok/s", lambda f: _shown(f.prefill_tokens_per_s, ".0f")),
+    ("decode\nms/tok", lambda f: _shown(f.decode_ms_per_token, ".1f")),
+    ("KV\nblocks", lambda f: _shown(f.kv_blocks, "d")),
 )
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 @dataclass(frozen=True)
@@ -59,14 +67,17 @@ def notes(evaluation: Evaluation) -> list[str]:
     """Return what a reader of the table must know."""
     result = next(iter(evaluation.results.values()))
     lines = [
-        "NLL: nats per token over the last 1024 tokens (or half the length) before each length. "
-        "Prefill: measured while scoring, with the log-prob head on, for every engine.",
-        "Decode: median step of one greedy request. "
-        f"KV blocks: the most held at once, {result.block_size} tokens each.",
+        "NLL: nats per token over the last 1024 tokens (or half the length) before each length."
     ]
+    if result.block_size is not None:
+        lines += [
+            "Prefill: measured while scoring, with the log-prob head on, for every engine.",
+            "Decode: median step of one greedy request. "
+            f"KV blocks: the most held at once, {result.block_size} tokens each.",
+        ]
     if any(evaluation.beyond_trained(length) for length in evaluation.lengths):
         lines.insert(0, f"* beyond the trained length of {evaluation.trained_length} tokens.")
-    if len({r.eager for r in evaluation.results.values()}) == 1:
+    if result.eager is not None and len({r.eager for r in evaluation.results.values()}) == 1:
         lines.append("Every engine ran eager." if result.eager else "Every engine was compiled.")
     return lines
 

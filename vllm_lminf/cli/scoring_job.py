@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-EngineName = Literal["full", "lminf"]
-ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
+EngineName = Literal["full", "lminf", "server"]
+SERVER: EngineName = "server"
+ENGINE_NAMES: tuple[EngineName, ...] = tuple(n for n in get_args(EngineName) if n != SERVER)
 
 NLL_WINDOW = 1024
 """The NLL at a length is the mean over at most this many tokens before it."""
@@ -23,6 +24,8 @@ class ScoringJob:
     ``kv_cache_bytes`` is the size of the KV cache; ``hf_overrides`` changes the model's config
     (empty for LMINF); ``lminf`` holds the LMINF settings that the user gave, and no others.
     ``compile`` None leaves it to the platform: no compilation on a CPU, where it takes minutes.
+    ``url`` is where a server's ``/completions`` is, which scores in an engine's place, and
+    ``served_model`` its name for the model.
     """
 
     engine: EngineName
@@ -36,6 +39,8 @@ class ScoringJob:
     compile: bool | None = None
     hf_overrides: dict[str, Any] = field(default_factory=dict)
     lminf: dict[str, int] = field(default_factory=dict)
+    url: str | None = None
+    served_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,36 +71,37 @@ class LengthFigures:
     """One engine's row of the table.
 
     ``nll`` is in nats per token, ``kv_blocks`` the most that the request held at once while it
-    reached this length and decoded there.
+    reached this length and decoded there. A server tells the first alone.
     """
 
     length: int
     nll: float
-    prefill_tokens_per_s: float
-    decode_ms_per_token: float
-    kv_blocks: int
+    prefill_tokens_per_s: float | None = None
+    decode_ms_per_token: float | None = None
+    kv_blocks: int | None = None
 
 
 @dataclass(frozen=True)
 class ScoringResult:
     """All that one engine measured.
 
-    ``nll_curve`` holds a mean per ``NLL_BUCKET`` tokens, ``torch_threads`` is the worker's.
+    ``nll_curve`` holds a mean per ``NLL_BUCKET`` tokens, ``torch_threads`` is the worker's. Of a
+    server there are the NLL and the time alone.
     """
 
     engine: EngineName
     figures: list[LengthFigures]
     nll_curve: list[float]
-    prefill_steps: list[PrefillStep]
-    decode_runs: list[DecodeRun]
-    block_size: int
-    pool_blocks: int
-    eager: bool
-    start_seconds: float
-    scoring_seconds: float
     total_seconds: float
-    torch_threads: int
-    device: str
+    prefill_steps: list[PrefillStep] = field(default_factory=list)
+    decode_runs: list[DecodeRun] = field(default_factory=list)
+    block_size: int | None = None
+    pool_blocks: int | None = None
+    eager: bool | None = None
+    start_seconds: float | None = None
+    scoring_seconds: float | None = None
+    torch_threads: int | None = None
+    device: str | None = None
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ScoringResult:

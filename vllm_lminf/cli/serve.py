@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_lminf.cli import metadata_shim
-from vllm_lminf.cli.engines import read_settings
+from vllm_lminf.cli.engines import read_settings, reason_for_exclusion
 from vllm_lminf.cli.settings import add_setting_arguments, option, settings_given
 from vllm_lminf.errors import CliError
 from vllm_lminf.plugin.config import (
@@ -31,9 +31,6 @@ from vllm_lminf.plugin.config import (
 HELP = "run `vllm serve` with LMINF, and pass everything else on"
 
 PASSES_ON = True
-
-PLUGIN = "lminf"
-"""This plugin's name among vLLM's."""
 
 _ADDITIONAL = "--additional-config"
 
@@ -79,23 +76,14 @@ def check(settings: Mapping[str, Any], words: Sequence[str], environ: Mapping[st
             f"{BACKEND_VARIABLE} is {before!r}: unset it, or type `vllm serve` to run without "
             f"{BACKEND_NAME}"
         )
-    if (only := excluded_by(environ)) is not None:
-        problems.append(
-            f"VLLM_PLUGINS is {only!r}, which shuts this plugin out: add {PLUGIN} to it, or unset "
-            "it"
-        )
+    if (reason := reason_for_exclusion(environ)) is not None:
+        problems.append(f"{reason[0]}: {reason[1]}")
     problems += [
         f"{name} is given twice: by --{option(name)} and in {_ADDITIONAL}; keep one"
         for name in settings.keys() & section_of(words).keys()
     ]
     if problems:
         raise CliError("\n".join(problems))
-
-
-def excluded_by(environ: Mapping[str, str]) -> str | None:
-    """Return the list of plugins that vLLM is to load, where this one isn't among them."""
-    only = environ.get("VLLM_PLUGINS")
-    return None if only is None or PLUGIN in only.split(",") else only
 
 
 def section_of(words: Sequence[str]) -> dict[str, Any]:

@@ -73,6 +73,11 @@ ALLOWED = {
     "archive_gib": f"a number of GiB above 0, up to {MAX_ARCHIVE_GIB}",
 }
 _NAMES = tuple(ALLOWED)
+_DEFAULTS = {
+    "n_local": "default: the trained length",
+    "distance_limit": "default: n_local",
+    "middle_distance": "default: half the trained length",
+}
 _OF_THE_MIDDLE = frozenset(_NAMES[_NAMES.index("middle_top_k") + 1 :])
 VARIABLES = {name: VARIABLE_PREFIX + name.upper() for name in _NAMES}
 _PLACE = f'--additional-config \'{{"{SECTION}": {{"n_global": 10, "n_local": 4096}}}}\''
@@ -117,6 +122,17 @@ def question_of_variables(environ: Mapping[str, str], known: Iterable[str] = ())
         if looks_like_it and name != BACKEND_VARIABLE and is_backend_name(environ[name]):
             return f"{name} is {environ[name]!r} and isn't read: was {BACKEND_VARIABLE} meant?"
     return None
+
+
+def origins(additional_config: object, environ: Mapping[str, str]) -> dict[str, str]:
+    """Where the value of each setting comes from, by their names."""
+    section = _section(additional_config, [])
+    found = {
+        name: "--additional-config" if name in section else variable
+        for name, variable in VARIABLES.items()
+        if name in section or variable in environ
+    }
+    return {name: found.get(name, _DEFAULTS.get(name, "default")) for name in _NAMES}
 
 
 def given_settings(additional_config: object, environ: Mapping[str, str]) -> list[str]:

@@ -155,7 +155,7 @@ def make_rotations_exact(
     """
     exact: dict[nn.Module, nn.Module] = {}
     unserved: dict[nn.Module, UnsupportedError] = {}
-    for parent, attribute, name, module in list(_rotary_modules(model)):
+    for parent, attribute, name, module in list(rotary_modules(model)):
         if module not in exact and module not in unserved:
             try:
                 if rotary.is_rotary(module):
@@ -171,7 +171,7 @@ def make_rotations_exact(
     return unserved
 
 
-def _rotary_modules(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
+def rotary_modules(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
     """Every place of one: the module that holds it, under which name, and its name in the model."""
     for path, parent in model.named_modules():
         for attribute, module in parent.named_children():

@@ -12,7 +12,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Any, Protocol
+
+from vllm_lminf.cli.retrieval.task import Task, Tokenizer
 
 HEAD = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -53,20 +54,6 @@ class Cell:
     length: int
     depth: float
     key: str
-
-
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer of transformers'."""
-
-    def encode(self, text: str, **options: Any) -> list[int]:
-        """Tokens of a text, special ones before it included unless ``add_special_tokens`` is
-        False.
-        """
-        ...
-
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of tokens."""
-        ...
 
 
 def even_depths(count: int) -> list[float]:
@@ -162,3 +149,19 @@ def is_found(answer: str, key: str) -> bool:
     """Whether an answer holds the key, by `ANSWER_RULE`: " a51234. Re" holds 51234."""
     digits = re.search(r"[0-9]{5}", answer)
     return digits is not None and digits.group() == key
+
+
+TASK = Task(
+    name="passkey",
+    title="Passkeys found",
+    cell=Cell,
+    row="depth",
+    row_title="depth of the key",
+    row_text=lambda depth: f"{depth:.0%}",
+    is_split=False,
+    count="keys",
+    prompts=PromptBuilder,
+    answer_tokens=lambda cell: ANSWER_TOKENS,
+    grade=lambda answer, cell: float(is_found(answer, cell.key)),
+    rule=ANSWER_RULE,
+)

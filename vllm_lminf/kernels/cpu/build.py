@@ -73,6 +73,18 @@ def load_library(dtype: str) -> ctypes.CDLL:
 _one_thread = threading.Lock()
 
 
+def where() -> tuple[str, Path | None, list[str]]:
+    """What compiles the kernels, the folder in which they are kept, and why that isn't a better
+    one; None where each process compiles its own.
+
+    Raises:
+        BuildError: there is no compiler.
+    """
+    folders, reasons = _folders()
+    kept, why = folders[-1] if folders and not reasons else (None, reasons)
+    return shlex.join(_compiler()), kept, why
+
+
 @functools.cache
 def outcome_of(dtype: str) -> ctypes.CDLL | str:
     """What came of the one attempt in this process to have the kernels: they, or why not."""

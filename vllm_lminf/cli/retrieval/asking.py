@@ -1,4 +1,5 @@
-"""The child process of ``vllm-lminf eval passkey``: one system is asked for every key.
+"""The child process of ``vllm-lminf eval passkey`` and ``eval ruler``: one system is asked
+everything.
 
 A system is a vLLM engine in this process, or a server elsewhere. Prompts are made when they are
 due: those of a long evaluation would not fit in memory together.
@@ -6,10 +7,6 @@ due: those of a long evaluation would not fit in memory together.
 
 from __future__ import annotations
 
-import json
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import astuple, dataclass, field
@@ -18,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_lminf.cli.child import serve_job
 from vllm_lminf.cli.engines import start_engine
-from vllm_lminf.cli.passkey.task import ANSWER_TOKENS, Cell, PromptBuilder
+from vllm_lminf.cli.openai_server import Server
+from vllm_lminf.cli.retrieval.task import Prompts, Task, find_task
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -29,9 +27,10 @@ class AskingJob:
     """What one system is asked.
 
     Attributes:
+        task: name of the measure.
         model: folder of the checkpoint; of a server, the tokenizer is read there.
         max_num_seqs: requests that run at once.
-        cells: length, depth and key of each, in the order in which they are asked.
+        cells: the questions as plain lists, in the order in which they are asked.
         dtype, compile, hf_overrides, lminf: of the engine, see `start_engine`.
         window: tokens in every layer's window; None for what the model has.
         kv_cache_bytes: size of the KV cache on a CPU; a GPU's memory is left to vLLM.
@@ -39,9 +38,10 @@ class AskingJob:
         served_model: the server's name for the model; None to ask for it.
     """
 
+    task: str
     model: str
     max_num_seqs: int
-    cells: list[tuple[int, float, str]] = field(default_factory=list)
+    cells: list[list[Any]] = field(default_factory=list)
     dtype: str = "auto"
     compile: bool | None = None
     hf_overrides: dict[str, Any] = field(default_factory=dict)
@@ -50,6 +50,10 @@ class AskingJob:
     kv_cache_bytes: int = 0
     url: str | None = None
     served_model: str | None = None
+
+    def questions(self, task: Task) -> list[Any]:
+        """Return the questions as the task knows them."""
+        return [task.cell(*cell) for cell in self.cells]
 
 
 def start(job: AskingJob) -> LLM:
@@ -64,7 +68,7 @@ def start(job: AskingJob) -> LLM:
     llm = start_engine(
         model=job.model,
         dtype=job.dtype,
-        max_model_len=max(length for length, _, _ in job.cells),
+        max_model_len=max(cell.length for cell in job.questions(find_task(job.task))),
         max_num_seqs=job.max_num_seqs,
         compile=job.compile,
         hf_overrides=job.hf_overrides,
@@ -86,21 +90,23 @@ def start(job: AskingJob) -> LLM:
     return llm
 
 
-def ask_engine(llm: LLM, job: AskingJob, prompts: PromptBuilder) -> Iterator[tuple[Cell, str]]:
+def ask_engine(llm: LLM, job: AskingJob, task: Task, prompts: Prompts) -> Iterator[tuple[Any, str]]:
     """Yield the answers of an engine, in the order in which they are ready."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    params = SamplingParams(
-        temperature=0.0, max_tokens=ANSWER_TOKENS, output_kind=RequestOutputKind.FINAL_ONLY
-    )
-    waiting = enumerate(Cell(*cell) for cell in job.cells)
-    running: dict[str, Cell] = {}
+    waiting = enumerate(job.questions(task))
+    running: dict[str, Any] = {}
     while True:
         while len(running) < 2 * job.max_num_seqs and (following := next(waiting, None)):
             number, cell = following
             prompt = {"prompt_token_ids": prompts.prompt(cell)}
             running[str(number)] = cell
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=task.answer_tokens(cell),
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
             llm.llm_engine.add_request(str(number), prompt, params)
         if not running:
             return
@@ -108,75 +114,18 @@ def ask_engine(llm: LLM, job: AskingJob, prompts: PromptBuilder) -> Iterator[tup
             yield running.pop(output.request_id), output.outputs[0].text
 
 
-class Server:
-    """An OpenAI-compatible server.
-
-    Args:
-        url: up to and with ``/v1``.
-        model: the server's name for the model; None for the only one that it serves.
-
-    Raises:
-        RuntimeError: it doesn't answer, or serves several models.
-    """
-
-    def __init__(self, url: str, model: str | None) -> None:
-        self._url = url
-        self._model = model or self._only_model()
-
-    def complete(self, prompt: list[int]) -> str:
-        """Return what the server generates greedily after these tokens."""
-        answer = self._call(
-            "/completions",
-            {
-                "model": self._model,
-                "prompt": prompt,
-                "max_tokens": ANSWER_TOKENS,
-                "temperature": 0,
-            },
-        )
-        text: str = answer["choices"][0]["text"]
-        return text
-
-    def _only_model(self) -> str:
-        names: list[str] = [model["id"] for model in self._call("/models")["data"]]
-        if len(names) != 1:
-            raise RuntimeError(
-                f"{self._url} serves {', '.join(names) or 'no model'}: name one with --served-model"
-            )
-        return names[0]
-
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, headers)
-        try:
-            with urllib.request.urlopen(request) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:500]
-            raise RuntimeError(f"{self._url}{path} answers {error.code}: {said}") from error
-        except urllib.error.URLError as error:
-            raise RuntimeError(
-                f"{self._url}{path} doesn't answer ({error.reason}): is --url right, and the "
-                "server up?"
-            ) from error
-
-
-def ask_server(job: AskingJob, url: str, prompts: PromptBuilder) -> Iterator[tuple[Cell, str]]:
+def ask_server(job: AskingJob, url: str, task: Task, prompts: Prompts) -> Iterator[tuple[Any, str]]:
     """Yield the answers of a server, in the order in which they arrive."""
     server, lock = Server(url, job.served_model), Lock()
 
-    def ask(cell: Cell) -> str:
+    def ask(cell: Any) -> str:
         with lock:  # tokenizers are not for several threads at once
             prompt = prompts.prompt(cell)
-        return server.complete(prompt)
+        return server.complete(prompt, task.answer_tokens(cell))
 
-    cells = [Cell(*item) for item in job.cells]
     pool = ThreadPoolExecutor(job.max_num_seqs)
     try:
-        asked = {pool.submit(ask, cell): cell for cell in cells}
+        asked = {pool.submit(ask, cell): cell for cell in job.questions(task)}
         for answer in as_completed(asked):
             yield asked[answer], answer.result()
     finally:
@@ -190,14 +139,15 @@ def main() -> None:
 
         job = AskingJob(**data)
         answers.send("phase", text="starting")
-        prompts = PromptBuilder(get_tokenizer(job.model))
+        task = find_task(job.task)
+        prompts = task.prompts(get_tokenizer(job.model))
         # A length that can't be filled is refused before an engine starts.
-        for item in {item[0]: item for item in job.cells}.values():
-            prompts.prompt(Cell(*item))
+        for cell in {c.length: c for c in job.questions(task)}.values():
+            prompts.prompt(cell)
         if job.url is None:
-            replies = ask_engine(start(job), job, prompts)
+            replies = ask_engine(start(job), job, task, prompts)
         else:
-            replies = ask_server(job, job.url, prompts)
+            replies = ask_server(job, job.url, task, prompts)
         answers.send("phase", text="asking")
         for cell, text in replies:
             answers.send("answer", cell=astuple(cell), text=text)

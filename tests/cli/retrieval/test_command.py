@@ -13,9 +13,10 @@ from rich.console import Console
 from vllm_lminf.cli import engines
 from vllm_lminf.cli.child import Event
 from vllm_lminf.cli.main import main
-from vllm_lminf.cli.passkey import command
-from vllm_lminf.cli.passkey.report import Outcome, as_data, print_table, table_rows
-from vllm_lminf.cli.passkey.results import Share
+from vllm_lminf.cli.passkey.task import TASK
+from vllm_lminf.cli.retrieval import command
+from vllm_lminf.cli.retrieval.report import Outcome, as_data, print_table, table_rows
+from vllm_lminf.cli.retrieval.results import Share
 from vllm_lminf.errors import CliError
 
 pytest.importorskip("matplotlib")
@@ -236,14 +237,15 @@ def test_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
 def outcome() -> Outcome:
     shares = {(1024, 0.0): Share(1, 2), (1024, 1.0): Share(2, 2), (2048, 0.0): Share(0, 2)}
     return Outcome(
+        task=TASK,
         command="vllm-lminf eval passkey",
         model="some-model",
         trained_length=1024,
         settings={"lminf": {}},
         environment={},
         lengths=[1024, 2048, 4096],
-        depths=[0.0, 1.0],
-        keys=2,
+        rows=[0.0, 1.0],
+        count=2,
         shares={"lminf": shares},
         failures={"lminf": "it ended"},
     )
@@ -261,7 +263,12 @@ def test_the_printed_table_explains_itself(outcome: Outcome) -> None:
     out = io.StringIO()
     print_table(Console(file=out, width=140), outcome)
     text = " ".join(out.getvalue().split())
-    for words in ("found by some-model", "95% interval", "Wilson", "first five digits in a row"):
+    for words in (
+        "Passkeys found by some-model",
+        "95% interval",
+        "Wilson",
+        "first five digits in a row",
+    ):
         assert words in text
 
 

@@ -1,4 +1,4 @@
-"""The outcome of ``vllm-lminf eval passkey``: a table, a heat map per system, ``passkey.json``."""
+"""The outcome of ``eval passkey`` and ``eval ruler``: a table, a heat map per system, and JSON."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vllm_lminf.cli.machine import machine, versions
-from vllm_lminf.cli.passkey.results import Share
-from vllm_lminf.cli.passkey.task import ANSWER_RULE
 from vllm_lminf.cli.report import LABELS as NLL_LABELS
+from vllm_lminf.cli.retrieval.results import Share
+from vllm_lminf.cli.retrieval.task import Task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,8 +27,8 @@ LABELS: dict[System, str] = {
     "server": "server",
 }
 
-Shares = Mapping[tuple[int, float], Share]
-"""By length and depth; only where something was answered."""
+Shares = Mapping[tuple[int, Any], Share]
+"""By length and row, see `Task.row`; only where something was answered."""
 
 
 @dataclass(frozen=True)
@@ -36,30 +36,33 @@ class Outcome:
     """One run of the command.
 
     Attributes:
+        task: what was asked.
         command: the command line that made it.
         model: its name.
         trained_length: in tokens; None if it isn't known.
         settings: of each system, what its answers depend on beside their cells.
         environment: the variables that change the figures.
-        lengths, depths: ascending.
-        keys: how many for each length and depth.
+        lengths: ascending.
+        rows: in order.
+        count: questions for each length and row.
         shares: of each system that answered, what it found.
         failures: why a system did not answer everything.
     """
 
+    task: Task
     command: str
     model: str
     trained_length: int | None
     settings: Mapping[System, Mapping[str, Any]]
     environment: Mapping[str, str]
     lengths: list[int]
-    depths: list[float]
-    keys: int
+    rows: list[Any]
+    count: int
     shares: Mapping[System, Shares]
     failures: Mapping[System, str]
 
     def at_length(self, system: System, length: int) -> Share | None:
-        """Return what a system found at a length, all depths together; None where nothing was
+        """Return what a system found at a length, all rows together; None where nothing was
         answered.
         """
         shares = [share for (at, _), share in self.shares[system].items() if at == length]
@@ -78,14 +81,19 @@ def table_rows(outcome: Outcome) -> list[list[str]]:
             share = outcome.at_length(system, length)
             beyond = outcome.trained_length is not None and length > outcome.trained_length
             figures = ["-", "-", "-"]
+            split = []
+            if outcome.task.is_split:
+                of_rows = (outcome.shares[system].get((length, row)) for row in outcome.rows)
+                split = ["-" if each is None else f"{each.mean:.2f}" for each in of_rows]
             if share is not None:
                 low, high = share.interval
                 figures = [
-                    f"{share.found}/{share.asked}",
+                    f"{share.found:.4g}/{share.asked}",
                     f"{share.mean:.3f}",
                     f"{low:.3f} to {high:.3f}",
                 ]
-            rows.append([LABELS[system], f"{length}{' *' if beyond else '  '}", *figures])
+            mark = " *" if beyond else "  "
+            rows.append([LABELS[system], f"{length}{mark}", *split, *figures])
     return rows
 
 
@@ -94,18 +102,20 @@ def print_table(console: Console, outcome: Outcome) -> None:
     from rich.box import HORIZONTALS
     from rich.table import Table
 
-    title = f"Passkeys found by {outcome.model}"
+    title = f"{outcome.task.title} by {outcome.model}"
     table = Table(title=title, box=HORIZONTALS, show_edge=False, pad_edge=False)
     table.add_column("system", no_wrap=True)
-    for heading in ("length", "found", "share", "95% interval"):
+    texts = map(outcome.task.row_text, outcome.rows) if outcome.task.is_split else ()
+    split = [text.replace("_", "\n", 1) for text in texts]
+    for heading in ("length", *split, "found", "share", "95% interval"):
         table.add_column(heading, justify="right", no_wrap=True)
     for number, row in enumerate(table_rows(outcome), 1):
         table.add_row(*row, end_section=number % len(outcome.lengths) == 0)
     console.print(table)
     console.print()
     notes = [
-        f"{len(outcome.depths)} depths, {outcome.keys} keys each; the interval is Wilson's. "
-        f"Found: {ANSWER_RULE}."
+        f"{len(outcome.rows)} {outcome.task.row}s, {outcome.count} {outcome.task.count} each; the "
+        f"interval is Wilson's. Found: {outcome.task.rule}."
     ]
     if outcome.trained_length is not None and outcome.lengths[-1] > outcome.trained_length:
         notes.insert(0, f"* beyond the trained length of {outcome.trained_length} tokens.")
@@ -114,15 +124,15 @@ def print_table(console: Console, outcome: Outcome) -> None:
 
 
 def as_data(outcome: Outcome) -> dict[str, Any]:
-    """Return what ``passkey.json`` holds."""
+    """Return what the file of JSON holds."""
     return {
         "command": outcome.command,
         "model": outcome.model,
         "trained_length": outcome.trained_length,
         "settings": outcome.settings,
         "environment": outcome.environment,
-        "keys": outcome.keys,
-        "rule": ANSWER_RULE,
+        outcome.task.count: outcome.count,
+        "rule": outcome.task.rule,
         "lengths": [
             {"system": system, "length": length, **_figures(share)}
             for system in outcome.shares
@@ -130,9 +140,9 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
             if (share := outcome.at_length(system, length)) is not None
         ],
         "cells": [
-            {"system": system, "length": length, "depth": depth, **_figures(share)}
+            {"system": system, "length": length, outcome.task.row: row, **_figures(share)}
             for system, shares in outcome.shares.items()
-            for (length, depth), share in shares.items()
+            for (length, row), share in shares.items()
         ],
         "failures": outcome.failures,
         "versions": versions(),
@@ -141,38 +151,40 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
 
 
 def write(outcome: Outcome, output: Path) -> list[Path]:
-    """Write ``passkey.json`` and a heat map per system; return their paths."""
-    path = output / "passkey.json"
+    """Write the figures as JSON and a heat map per system; return their paths."""
+    name = outcome.task.name
+    path = output / f"{name}.json"
     path.write_text(json.dumps(as_data(outcome), indent=2) + "\n", encoding="utf-8")
-    pictures = [output / f"passkey-{system}.png" for system in outcome.shares]
+    pictures = [output / f"{name}-{system}.png" for system in outcome.shares]
     for system, picture in zip(outcome.shares, pictures, strict=True):
         draw(outcome, system, picture)
     return [path, *pictures]
 
 
 def draw(outcome: Outcome, system: System, path: Path) -> None:
-    """Draw a system's share of keys found at each length (across) and depth (down) as a PNG."""
+    """Draw a system's share at each length (across) and row (down) as a PNG."""
     from matplotlib.figure import Figure
 
-    lengths, depths, shares = outcome.lengths, outcome.depths, outcome.shares[system]
-    size = (3.0 + 0.8 * len(lengths), 2.0 + 0.4 * len(depths))
+    lengths, rows, shares = outcome.lengths, outcome.rows, outcome.shares[system]
+    task = outcome.task
+    size = (3.0 + 0.8 * len(lengths), 2.0 + 0.4 * len(rows))
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots()
     nothing = float("nan")
     grid = [
-        [share.mean if (share := shares.get((n, depth))) else nothing for n in lengths]
-        for depth in depths
+        [share.mean if (share := shares.get((n, row))) else nothing for n in lengths]
+        for row in rows
     ]
     image = axes.imshow(grid, cmap="RdYlBu", vmin=0, vmax=1, aspect="auto")
-    for row, values in enumerate(grid):
+    for down, values in enumerate(grid):
         for column, value in enumerate(values):
             text = "" if value != value else f"{value:.2f}"
             color = "white" if abs(value - 0.5) > 0.35 else "black"  # on dark ends
-            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
+            axes.text(column, down, text, ha="center", va="center", fontsize=9, color=color)
     axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.set(xlabel="length, tokens", ylabel="depth of the key", title=LABELS[system])
-    figure.colorbar(image, label="keys found")
+    axes.set_yticks(range(len(rows)), [task.row_text(row) for row in rows])
+    axes.set(xlabel="length, tokens", ylabel=task.row_title, title=LABELS[system])
+    figure.colorbar(image, label=task.title)
     figure.suptitle(outcome.model, fontsize=11)
     figure.savefig(path)
 

@@ -1,5 +1,5 @@
 """Answers as they come, kept in a file of JSON lines, so that a run that ended early goes on; and
-how often the key was found, with how sure that is.
+how right they are, with how sure that is.
 """
 
 from __future__ import annotations
@@ -7,11 +7,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vllm_lminf.cli.passkey.task import Cell, is_found
+from vllm_lminf.cli.retrieval.task import Task
 from vllm_lminf.errors import CliError
 
 Z_95 = 1.959964
@@ -20,9 +20,9 @@ Z_95 = 1.959964
 
 @dataclass(frozen=True)
 class Share:
-    """How many keys were found of those that were asked for."""
+    """How much was found of what was asked for: a sum of grades, each from 0 to 1."""
 
-    found: int
+    found: float
     asked: int
 
     @property
@@ -31,7 +31,9 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's score interval at 95% (Wilson 1927)."""
+        """Wilson's score interval at 95% (Wilson 1927). Grades between 0 and 1 vary less than
+        right and wrong do, so that with them it is wider than need be.
+        """
         n, p, square = self.asked, self.mean, Z_95**2
         centre = (p + square / (2 * n)) / (1 + square / n)
         half = Z_95 / (1 + square / n) * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
@@ -42,6 +44,7 @@ class AnswersFile:
     """Lines of JSON: what a system's answers depend on, and each answer.
 
     Args:
+        task: what is asked.
         path: read if it is there, made otherwise.
         depend_on: of each system that will be asked, what its answers depend on beside their
             cells; plain JSON values.
@@ -50,10 +53,10 @@ class AnswersFile:
         CliError: what a system answered before depends on something else, or it is no such file.
     """
 
-    def __init__(self, path: Path, depend_on: Mapping[Any, Mapping[str, Any]]) -> None:
-        self._path = path
+    def __init__(self, task: Task, path: Path, depend_on: Mapping[Any, Mapping[str, Any]]) -> None:
+        self._task, self._path = task, path
         depend_on = json.loads(json.dumps(depend_on))  # as it will be read again
-        self._answers: dict[tuple[str, Cell], str] = {}
+        self._answers: dict[tuple[str, Any], str] = {}
         before = self._read() if path.exists() else {}
         problems = [
             f"{system}: {name} was {before[system].get(name)!r} and is now {now.get(name)!r}"
@@ -72,24 +75,24 @@ class AnswersFile:
             if system not in before:
                 self._append({"system": system, "depends_on": now})
 
-    def add(self, system: str, cell: Cell, answer: str) -> None:
+    def add(self, system: str, cell: Any, answer: str) -> None:
         """Keep an answer."""
         self._answers[system, cell] = answer
-        found = is_found(answer, cell.key)
+        found = self._task.grade(answer, cell)
         self._append({"system": system, **asdict(cell), "answer": answer, "found": found})
 
-    def pending(self, system: str, cells: Iterable[Cell]) -> list[Cell]:
+    def pending(self, system: str, cells: Iterable[Any]) -> list[Any]:
         """Return the cells that the system has not answered yet."""
         return [cell for cell in cells if (system, cell) not in self._answers]
 
-    def share(self, system: str, cells: Iterable[Cell]) -> Share:
-        """Return how many of these cells' keys the system found, of those that it answered."""
-        answers = [
-            (self._answers[system, cell], cell.key)
+    def share(self, system: str, cells: Iterable[Any]) -> Share:
+        """Return how right the system's answers are to those of these cells that it answered."""
+        grades = [
+            self._task.grade(self._answers[system, cell], cell)
             for cell in cells
             if (system, cell) in self._answers
         ]
-        return Share(sum(is_found(answer, key) for answer, key in answers), len(answers))
+        return Share(sum(grades), len(grades))
 
     def _read(self) -> dict[str, dict[str, Any]]:
         """Read the answers; return what those of each system depend on."""
@@ -101,7 +104,7 @@ class AnswersFile:
                 if "depends_on" in item:
                     depend_on[item["system"]] = item["depends_on"]
                 else:
-                    cell = Cell(item["length"], item["depth"], item["key"])
+                    cell = self._task.cell(*(item[f.name] for f in fields(self._task.cell)))
                     self._answers[item["system"], cell] = item["answer"]
         except (ValueError, KeyError, TypeError) as error:
             raise CliError(

@@ -12,7 +12,7 @@ import pytest
 from tests.engine.oracle_model import save_tiny_llama
 from tests.server.byte_tokenizer import save_byte_tokenizer
 from vllm_lminf.cli.main import main
-from vllm_lminf.cli.passkey.asking import Server
+from vllm_lminf.cli.openai_server import Server
 
 pytest.importorskip("matplotlib")
 
@@ -105,7 +105,7 @@ def test_a_server_of_several_models_is_not_guessed_at(server: str) -> None:
 
 def test_what_a_server_refuses_is_told(server: str) -> None:
     with pytest.raises(RuntimeError, match=r"answers 404: .*no such model"):
-        Server(f"{server}/v1", "three").complete([1, 2])
+        Server(f"{server}/v1", "three").complete([1, 2], 10)
 
 
 def test_a_server_that_is_not_there() -> None:

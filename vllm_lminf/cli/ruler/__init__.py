@@ -1,0 +1,1 @@
+"""``vllm-lminf eval ruler``: synthetic tasks of RULER that need no data."""
