@@ -119,15 +119,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what goes together with a model alone."""
-    if args.model is None:
-        if args.load:
-            raise CliError("--load needs a model: vllm-lminf doctor MODEL --load")
-        if args.passed_on:
-            raise CliError(
-                f"{' '.join(args.passed_on)}: options of `vllm serve` need a model: vllm-lminf "
-                "doctor MODEL [options]"
-            )
+    """Refuse what goes together with a model alone. Behind an option of vLLM's, the option's value
+    would be taken for one."""
+    if args.passed_on and args.words[1] != args.model:
+        raise CliError(
+            f"{' '.join(args.passed_on)}: options of `vllm serve` need a model, which comes first: "
+            "vllm-lminf doctor MODEL [options]"
+        )
+    if args.model is None and args.load:
+        raise CliError("--load needs a model: vllm-lminf doctor MODEL --load")
 
 
 def look(args: argparse.Namespace) -> tuple[Findings | None, list[Problem]]:

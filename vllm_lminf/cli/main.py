@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = eval_command.with_measure(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     args, passed_on = parser.parse_known_args(words)
-    args.passed_on = passed_on
+    args.passed_on, args.words = passed_on, words
     if passed_on and not getattr(COMMANDS[args.command], "PASSES_ON", False):
         parser.error(f"unrecognized arguments: {' '.join(passed_on)}")
     args.command_line = shlex.join(["vllm-lminf", *words])
