@@ -216,7 +216,7 @@ def test_what_vllm_collects(
     ("words", "reason"),
     [
         (["--load"], "--load needs a model"),
-        (["--port", "80"], "options of `vllm serve` need a model"),
+        (["--port=80"], "options of `vllm serve` need a model"),
         (["no/such/model"], "no/such/model: no such folder"),
     ],
 )

@@ -144,6 +144,18 @@ def test_no_checkpoint(
     assert reason in capsys.readouterr().err
 
 
+def test_the_plugin_is_shut_out(
+    answer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    answer(rows())
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert run(tmp_path) == 1
+    assert "shuts this plugin out: add lminf to it" in capsys.readouterr().err
+
+
 def test_a_setting_that_is_not_allowed(
     answer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

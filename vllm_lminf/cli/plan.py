@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_lminf.cli.child import ask_child
-from vllm_lminf.cli.engines import engine_environment, model_of, read_settings
+from vllm_lminf.cli.engines import (
+    engine_environment,
+    model_of,
+    read_settings,
+    reason_for_exclusion,
+)
 from vllm_lminf.cli.machine import versions
 from vllm_lminf.cli.planning import FULL, MIDDLE, Plan, PlanJob, Row
 from vllm_lminf.cli.quantities import memory, shown_bytes, tokens
@@ -67,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan, and print it; raises ``CliError`` where LMINF serves no row that was asked for."""
+    if (reason := reason_for_exclusion(os.environ)) is not None:
+        raise CliError(f"{reason[0]}: {reason[1]}")
     given = settings_given(args)
     asked_for_middle = "middle_top_k" in given
     top_k = given.pop("middle_top_k", DEFAULT_TOP_K)

@@ -17,7 +17,7 @@ from vllm_lminf.cli import outline
 from vllm_lminf.cli.child import serve_job
 from vllm_lminf.errors import SettingsError, UnsupportedError
 from vllm_lminf.pattern import cdiv
-from vllm_lminf.plugin.config import BACKEND_NAME, SECTION
+from vllm_lminf.plugin.config import BACKEND_NAME, SECTION, is_backend_name
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -169,7 +169,10 @@ def _default_windows(trained: int | None) -> list[int]:
 def configure(arguments: EngineArgs, settings: Mapping[str, Any] | None) -> VllmConfig:
     """An engine's configuration, with LMINF and these settings, or with vLLM's own attention."""
     given = copy.deepcopy(arguments)
-    if settings is not None:
+    if settings is None:
+        if is_backend_name(str(given.attention_backend)):
+            given.attention_backend = None
+    else:
         given.attention_backend = BACKEND_NAME
         given.additional_config = {**(given.additional_config or {}), SECTION: dict(settings)}
     return outline.configure(given)
