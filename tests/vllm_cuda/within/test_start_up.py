@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.kernels.registry import choose
-from vllm_lminf.plugin import hosts, patches, wrapping
+from vllm_lminf.plugin import checks, hosts, patches, wrapping
 from vllm_lminf.plugin.config import LambdaConfig
 from vllm_lminf.plugin.layer_config import layer_config_of
 
@@ -220,8 +220,11 @@ class TestMiddle:
             self.engine(model_path, kv_cache_dtype="fp8")
 
     def test_microbatches(self, model_path: str) -> None:
+        """Which vLLM takes with few ways of communication alone."""
+        config = self.engine(model_path)
+        config.parallel_config.ubatch_size = 2
         with pytest.raises(UnsupportedError, match="and microbatches"):
-            self.engine(model_path, ubatch_size=2)
+            checks.check(config)
 
 
 def test_no_platform_but_those(monkeypatch: pytest.MonkeyPatch) -> None:
