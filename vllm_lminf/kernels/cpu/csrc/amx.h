@@ -232,6 +232,13 @@ inline int ask_for_amx() { return 0; }
 struct AmxSession {
   explicit AmxSession(bool) {}
 };
+// Declared for code that is never made.
+template <int halves>
+void multiply_keys_by_amx(const uint16_t*, int64_t, const uint16_t* const*, int64_t, float*, int64_t);
+template <int halves>
+void multiply_values_by_amx(const uint16_t*, int64_t, const uint16_t* const*, int64_t, int64_t,
+                            float*);
+void soften_by_amx(float*, int64_t, int64_t, float, float*, float*, float*);
 #endif
 
 // Which storage types it takes.

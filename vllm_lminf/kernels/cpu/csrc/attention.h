@@ -5,6 +5,8 @@
 // 256 of them at a time, against six rows at a time: scores, weights and products of one such step
 // stay in registers and the first cache level. A row is one head of one query. The keys of few
 // queries, as in decoding, are split among units; the thread that finishes last joins the parts.
+// In bfloat16, where there is AMX, keys that aren't split are taken 128 at a time, against 32 rows
+// (`amx.h`).
 //
 // A query's result is the same to the bit whatever else is in the batch: steps and parts begin at
 // fixed positions, parts are joined in order, and no row's arithmetic depends on another row.
@@ -611,7 +613,7 @@ class UnitWorker {
   const Stored* pair_values_[kStepGroups / 2];
 };
 
-// Whether AMX computes what many queries attend to.
+// Whether AMX computes what isn't split.
 template <typename T>
 bool uses_amx(const LminfLayer& layer) {
   return kByAmx<T> && layer.use_amx && layer.head_size % kDepth == 0 && ask_for_amx() == 1;
@@ -627,7 +629,6 @@ inline std::vector<Unit> plan(const LminfBatch& batch, const LminfLayer& layer, 
   for (int64_t r = 0; r < batch.num_requests; ++r) {
     const int64_t token = batch.query_start_loc[r], queries = batch.query_start_loc[r + 1] - token;
     const int64_t first_position = batch.seq_lens[r] - queries;
-    const bool by_amx = with_amx && queries > kSplitQueries;
     for (int64_t q = 0; q < queries; q += tile) {
       const int64_t count = std::min(tile, queries - q), position = first_position + q;
       const Interval keys = {std::max<int64_t>(0, position - batch.n_local + 1), position + count};
@@ -643,7 +644,7 @@ inline std::vector<Unit> plan(const LminfBatch& batch, const LminfLayer& layer, 
                      std::min(keys.end, (first_part + part + 1) * kPart)};
           }
           units.push_back({r, h, token + q, position, count, piece, with_global && part == 0,
-                           by_amx, part, num_parts, num_splits});
+                           with_amx && num_parts == 1, part, num_parts, num_splits});
         }
         if (num_parts > 1) ++num_splits;
       }
@@ -659,8 +660,9 @@ inline std::vector<Unit> plan(const LminfBatch& batch, const LminfLayer& layer, 
 template <typename T>
 void attention(const LminfBatch& batch, const LminfLayer& layer,
                const Recalled<T>* recalled = nullptr) {
-  const bool with_amx = uses_amx<T>(layer);
-  const std::vector<Unit> units = plan(batch, layer, with_amx);
+  const std::vector<Unit> units = plan(batch, layer, uses_amx<T>(layer));
+  const bool any_by_amx = std::any_of(units.begin(), units.end(),
+                                      [](const Unit& unit) { return unit.by_amx; });
   const int64_t group_size = layer.num_heads / layer.num_kv_heads;
   int64_t num_splits = 0, max_parts = 0, max_rows = 0;
   for (const Unit& unit : units) {
@@ -675,7 +677,7 @@ void attention(const LminfBatch& batch, const LminfLayer& layer,
   std::atomic<size_t> next{0};
 
   in_threads(units.size() > 1, [&] {
-    const AmxSession session(with_amx);
+    const AmxSession session(any_by_amx);
     UnitWorker<T> worker(batch, layer);
     for (size_t u = next++; u < units.size(); u = next++) {
       const Unit& unit = units[u];
