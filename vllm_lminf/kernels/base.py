@@ -233,12 +233,14 @@ class Kernel(ABC):
         block_multiple: block sizes are multiples of this.
         preferred_block_size: best where nobody names one; None to leave it to the engine.
         recalls: whether it takes layers with a middle: `write_archive` and `attend_and_recall`.
+        variant: in which of several ways it computes on this machine; empty where it has one.
     """
 
     captures: ClassVar[Captures] = Captures.NEVER
     block_multiple: ClassVar[int] = 16
     preferred_block_size: ClassVar[int | None] = None
     recalls: ClassVar[bool] = False
+    variant: str = ""
 
     @classmethod
     @abstractmethod

@@ -498,8 +498,9 @@ class LambdaAttentionImpl(AttentionImpl[LambdaMetadata]):
         return self._settled(block_size, dtype)[1]
 
     def kernel_name(self, block_size: int, dtype: torch.dtype) -> str:
-        """Its name, one of the settings; see `kernel_for`."""
-        return self._settled(block_size, dtype)[0]
+        """Its name, one of the settings, and in brackets its variant; see `kernel_for`."""
+        name, kernel = self._settled(block_size, dtype)
+        return f"{name} ({kernel.variant})" if kernel.variant else name
 
     def _settled(self, block_size: int, dtype: torch.dtype) -> tuple[str, Kernel]:
         dtype = self._stored(dtype)

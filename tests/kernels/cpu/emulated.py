@@ -37,6 +37,9 @@ class Emulated:
             [*shlex.split(emulator), program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
+    def lminf_ask_for_amx(self) -> int:
+        return 0
+
     def lminf_attention(self, batch_reference: Any, layer_reference: Any) -> None:
         batch, layer = batch_reference._obj, layer_reference._obj
         self._call(0, self._attended(batch, layer), bytes(batch) + bytes(layer))

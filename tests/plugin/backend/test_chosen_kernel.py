@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from tests.kernels.layers import make_layer
 from vllm_lminf.errors import UnsupportedError
 from vllm_lminf.kernels.base import Heads, PagedCache
-from vllm_lminf.kernels.cpu import build
+from vllm_lminf.kernels.cpu import build, kernel
 from vllm_lminf.kernels.cpu.kernel import CpuKernel, load
 from vllm_lminf.kernels.reference import ReferenceKernel
 from vllm_lminf.pattern import LambdaPattern
@@ -127,6 +127,13 @@ class TestChoice:
         assert layer("auto").kernel_name(16, torch.float32) == "cpu"
         assert layer("cpu").kernel_name(32, torch.float32) == "cpu"
         assert warnings == []
+
+    def test_its_name_says_how_it_computes(
+        self, layer: Layers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for has_amx, name in ((True, "cpu (prefill by AMX)"), (False, "cpu")):
+            monkeypatch.setattr(kernel, "has_amx", lambda dtype, answer=has_amx: answer)
+            assert layer("cpu", 64, torch.bfloat16).kernel_name(16, torch.bfloat16) == name
 
     def test_plain_where_asked_for(self, layer: Layers, warnings: list[str]) -> None:
         assert layer("reference").kernel_name(7, torch.float32) == "reference"

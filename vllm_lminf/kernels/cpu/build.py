@@ -50,7 +50,7 @@ _ADVICE = "Set XDG_CACHE_HOME to a folder that is yours alone"
 _STORAGE = {"float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16"}  # of vector.h
 _ENTRY_POINTS = (
     *("lminf_attention", "lminf_write_cache", "lminf_rotate"),
-    *("lminf_attend_and_recall", "lminf_write_archive"),
+    *("lminf_attend_and_recall", "lminf_write_archive", "lminf_ask_for_amx"),
 )
 
 

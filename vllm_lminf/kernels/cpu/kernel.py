@@ -6,6 +6,8 @@ computed is what `vllm_lminf.kernels.reference` computes.
 
 import ctypes
 import functools
+import logging
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import astuple
@@ -21,7 +23,10 @@ from vllm_lminf.kernels.host_batch import HostBatch, InverseRotations
 from vllm_lminf.middle import Middle
 from vllm_lminf.pattern import cdiv
 
+logger = logging.getLogger("vllm.lminf")
+
 _LANES = 16
+_AMX_DEPTH = 32  # `kDepth` of csrc/amx.h
 _ALIGNMENT = 64  # bytes, of an archive's pages
 _MAX_INDEXED = 512  # `kMaxCodedSize` of csrc/codes.h
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -69,6 +74,7 @@ class _Layer(ctypes.Structure):
         ("sinks", _POINTER),
         ("scale", _FLOAT),
         ("softcap", _FLOAT),
+        ("use_amx", _INT32),
     ]
 
 
@@ -122,6 +128,7 @@ def load(dtype: torch.dtype) -> ctypes.CDLL:
         BuildError: they can't be compiled here.
     """
     library = build.load_library(_DTYPES[dtype])
+    library.lminf_ask_for_amx.argtypes, library.lminf_ask_for_amx.restype = (), _INT32
     batch, layer = ctypes.POINTER(_Batch), ctypes.POINTER(_Layer)
     recall, archive = ctypes.POINTER(_Recall), ctypes.POINTER(_Archive)
     for function, arguments in (
@@ -133,6 +140,22 @@ def load(dtype: torch.dtype) -> ctypes.CDLL:
     ):
         function.argtypes, function.restype = arguments, None
     return library
+
+
+@functools.cache
+def has_amx(dtype: torch.dtype) -> bool:
+    """Whether this process may multiply by AMX what is stored in this dtype; the system is asked.
+
+    Raises:
+        BuildError: the kernels can't be compiled here.
+    """
+    answer = load(dtype).lminf_ask_for_amx()
+    if answer < 0:
+        logger.warning(
+            "prefill runs without AMX, and slower: the system refuses it to this process (%s)",
+            os.strerror(-answer),
+        )
+    return bool(answer == 1)
 
 
 class CpuBatch:
@@ -296,7 +319,9 @@ class CpuKernel(Kernel):
             head_size=heads.head_size,
             scale=rules.scale,
             softcap=rules.softcap or 0.0,
+            use_amx=heads.head_size % _AMX_DEPTH == 0 and has_amx(heads.dtype),
         )
+        self.variant = "prefill by AMX" if self._struct.use_amx else ""
         self._keep = []
         for name in ("alibi_slopes", "sinks"):
             values = getattr(rules, name)

@@ -5,6 +5,8 @@
 // 256 of them at a time, against six rows at a time: scores, weights and products of one such step
 // stay in registers and the first cache level. A row is one head of one query. The keys of few
 // queries, as in decoding, are split among units; the thread that finishes last joins the parts.
+// In bfloat16, where there is AMX, keys that aren't split are taken 128 at a time, against 32 rows
+// (`amx.h`).
 //
 // A query's result is the same to the bit whatever else is in the batch: steps and parts begin at
 // fixed positions, parts are joined in order, and no row's arithmetic depends on another row.
@@ -23,6 +25,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "amx.h"
 #include "cache.h"
 #include "interface.h"
 #include "ranges.h"
@@ -37,6 +40,7 @@ constexpr int kRows = 6;                       // rows that share the loads of a
 constexpr int kStepGroups = 16;                // groups of 16 keys in a step
 constexpr int kStep = kStepGroups * kLanes;
 constexpr int64_t kPart = 2 * kStep;           // keys in a part of a split
+constexpr int64_t kAmxStep = 128;              // keys in a step by AMX
 constexpr int64_t kSplitQueries = 8;           // requests with more queries aren't split
 
 // Vectors that share a broadcast. Sums fill most of the registers, 24 of 32 with AVX-512 and 12 of
@@ -158,6 +162,7 @@ struct Unit {
   int64_t num_queries;
   Interval keys;           // the stretch of the window that this unit attends to
   bool with_global;
+  bool by_amx;
   int64_t part;            // which part of a split
   int64_t num_parts;       // 1 for no split
   int64_t split;           // which split
@@ -182,7 +187,7 @@ class UnitWorker {
   void run(const Unit& unit) {
     unit_ = &unit;
     num_rows_ = unit.num_queries * group_size_;
-    query_.resize(num_rows_ * steps_);
+    query_.resize(whole_tiles(num_rows_) * steps_);
     clear();
     visible_.resize(unit.num_queries);
     read_queries(false);
@@ -246,10 +251,13 @@ class UnitWorker {
  private:
   int64_t position(int64_t query) const { return unit_->first_position + query; }
 
+  // Rows with those that AMX needs besides; what is computed for these is left alone.
+  static int64_t whole_tiles(int64_t rows) { return (rows + kHalf - 1) / kHalf * kHalf; }
+
   void clear() {
-    output_.assign(num_rows_ * layer_.head_size, 0.0f);
-    maximum_.assign(num_rows_, kMinusInfinity);
-    sum_.assign(num_rows_, 0.0f);
+    output_.assign(whole_tiles(num_rows_) * layer_.head_size, 0.0f);
+    maximum_.assign(whole_tiles(num_rows_), kMinusInfinity);
+    sum_.assign(whole_tiles(num_rows_), 0.0f);
   }
 
   void add(int64_t row, float their_maximum, float their_sum, const float* theirs) {
@@ -388,6 +396,18 @@ class UnitWorker {
           values_[g] = blank_values(group.values, first, range, g == first_group ? 0 : 1);
         }
       }
+      if constexpr (kByAmx<T>) {
+        if (unit_->by_amx) {
+          pair_groups(first_group, num_groups);
+          for (int64_t part = start; part < end; part += kAmxStep) {
+            for (int64_t row = 0; row < num_rows_; row += kBlock) {
+              attend_block(row, std::min(kBlock, num_rows_ - row), start, part,
+                           std::min(end, part + kAmxStep));
+            }
+          }
+          continue;
+        }
+      }
       for (int64_t row = 0; row < num_rows_; row += kRows) {
         const int64_t rows = std::min<int64_t>(kRows, num_rows_ - row);
         attend_rows(row, rows, start, end);
@@ -408,18 +428,26 @@ class UnitWorker {
     return copy.data();
   }
 
-  void attend_rows(int64_t first_row, int64_t rows, int64_t start, int64_t end) {
-    // What any of these rows sees, and whether all of them see all of it.
-    const int64_t first_query = first_row / group_size_;
+  struct Sight {
+    Interval by_any, by_all;
+  };
+
+  // Which keys any of these rows sees, and which all of them see.
+  Sight sight(int64_t first_row, int64_t rows, int64_t start, int64_t end) const {
+    Interval by_any = {end, start}, by_all = {start, end};
     const int64_t last_query = (first_row + rows - 1) / group_size_;
-    Interval seen = {end, start}, by_all = {start, end};
-    for (int64_t q = first_query; q <= last_query; ++q) {
+    for (int64_t q = first_row / group_size_; q <= last_query; ++q) {
       const Interval bounded = {std::max(visible_[q].begin, start),
                                 std::min(visible_[q].end, end)};
       by_all = {std::max(by_all.begin, bounded.begin), std::min(by_all.end, bounded.end)};
       if (bounded.begin >= bounded.end) continue;
-      seen = {std::min(seen.begin, bounded.begin), std::max(seen.end, bounded.end)};
+      by_any = {std::min(by_any.begin, bounded.begin), std::max(by_any.end, bounded.end)};
     }
+    return {by_any, by_all};
+  }
+
+  void attend_rows(int64_t first_row, int64_t rows, int64_t start, int64_t end) {
+    const auto [seen, by_all] = sight(first_row, rows, start, end);
     if (seen.begin >= seen.end) return;
     const int64_t first_group = (seen.begin - start) / kGroup;
     const int64_t num_groups = (seen.end - start + kGroup - 1) / kGroup - first_group;
@@ -446,6 +474,79 @@ class UnitWorker {
                                      layer_.head_size, decay,
                                      &output_[first_row * layer_.head_size]);
     });
+  }
+
+  // Completes the pairs of groups that AMX multiplies at once: the keys that a step lacks in its first
+  // or last pair may be any, as no row sees them, and the values are zero.
+  void pair_groups(int64_t first_group, int64_t num_groups) {
+    const int64_t head_size = layer_.head_size, group_size = kGroup * head_size;
+    for (int64_t g = first_group / 2 * 2; g < num_groups; g += 2) {
+      const Stored*& pair = pair_values_[g / 2];
+      const bool has_first = g >= first_group, has_second = g + 1 < num_groups;
+      if (!has_first) keys_[g] = keys_[g + 1];
+      if (!has_second) keys_[g + 1] = keys_[g];
+      if (has_first && has_second && values_[g + 1] == values_[g] + group_size) {
+        pair = values_[g];
+        continue;
+      }
+      joined_values_.resize(kStep * head_size);
+      Stored* joined = &joined_values_[g * group_size];
+      std::fill_n(joined, 2 * group_size, Stored{0});
+      if (has_first) std::copy_n(values_[g], group_size, joined);
+      if (has_second) std::copy_n(values_[g + 1], group_size, joined + group_size);
+      pair = joined;
+    }
+  }
+
+  // As `attend_rows`, by AMX.
+  void attend_block(int64_t first_row, int64_t rows, int64_t base, int64_t start, int64_t end) {
+    const auto [seen, by_all] = sight(first_row, rows, start, end);
+    if (seen.begin >= seen.end) return;
+    const int64_t head_size = layer_.head_size;
+    const int64_t first_pair = (seen.begin - base) / kDepth;
+    const int64_t num_pairs = (seen.end - base + kDepth - 1) / kDepth - first_pair;
+    const int64_t first_key = base + first_pair * kDepth, num_keys = num_pairs * kDepth;
+    const bool masked = by_all.begin > first_key || by_all.end < first_key + num_keys;
+
+    // A row's weights take the place of its scores. Rows are apart so that they don't share places in
+    // the cache.
+    constexpr int64_t stride = kAmxStep + kLanes;
+    alignas(64) float scores[kBlock * stride];
+    const uint16_t* query = reinterpret_cast<const uint16_t*>(&query_[first_row * steps_]);
+    const uint16_t* weights = reinterpret_cast<const uint16_t*>(scores);
+    float* output = &output_[first_row * head_size];
+    const auto keys = keys_ + 2 * first_pair;
+    const auto values = pair_values_ + first_pair;
+    if (rows > kHalf) {
+      multiply_keys_by_amx<2>(query, head_size, keys, num_pairs, scores, stride);
+    } else {
+      multiply_keys_by_amx<1>(query, head_size, keys, num_pairs, scores, stride);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row_scores = scores + r * stride;
+      const int64_t row = first_row + r;
+      if (!plain_) apply_rules(row, first_key, num_keys / kGroup, row_scores);
+      if (masked) mask(visible_[row / group_size_], first_key, num_keys / kGroup, row_scores);
+    }
+    const float factor = plain_ ? layer_.scale * kLog2e : kLog2e;
+    for (int64_t half = 0; half < rows; half += kHalf) {
+      alignas(64) float decay[kHalf];
+      const int64_t row = first_row + half;
+      soften_by_amx(scores + half * stride, stride, num_pairs, factor, &maximum_[row], &sum_[row],
+                    decay);
+      for (int64_t r = 0; r < kHalf; ++r) {
+        if (decay[r] == 1.0f) continue;
+        for (int64_t d = 0; d < head_size; d += kLanes) {
+          float* at = output + (half + r) * head_size + d;
+          store(at, load(at) * broadcast(decay[r]));
+        }
+      }
+    }
+    if (rows > kHalf) {
+      multiply_values_by_amx<2>(weights, 2 * stride, values, num_pairs, head_size, output);
+    } else {
+      multiply_values_by_amx<1>(weights, 2 * stride, values, num_pairs, head_size, output);
+    }
   }
 
   // Soft-cap and ALiBi; what comes out is scaled already.
@@ -506,13 +607,20 @@ class UnitWorker {
   std::vector<Operand> query_;
   std::vector<float> output_, maximum_, sum_, turned_row_, recalled_row_, lanes_;
   std::vector<Interval> visible_;
-  std::vector<Stored> stationary_keys_, edge_values_[2];
+  std::vector<Stored> stationary_keys_, edge_values_[2], joined_values_;
   const Stored* keys_[kStepGroups];
   const Stored* values_[kStepGroups];
+  const Stored* pair_values_[kStepGroups / 2];
 };
 
+// Whether AMX computes what isn't split.
+template <typename T>
+bool uses_amx(const LminfLayer& layer) {
+  return kByAmx<T> && layer.use_amx && layer.head_size % kDepth == 0 && ask_for_amx() == 1;
+}
+
 // Cuts a batch into units.
-inline std::vector<Unit> plan(const LminfBatch& batch, const LminfLayer& layer) {
+inline std::vector<Unit> plan(const LminfBatch& batch, const LminfLayer& layer, bool with_amx) {
   const int64_t group_size = layer.num_heads / layer.num_kv_heads;
   const int64_t rows = layer.head_size <= 128 ? 192 : 96;
   const int64_t tile = std::max<int64_t>(1, rows / group_size);
@@ -535,8 +643,8 @@ inline std::vector<Unit> plan(const LminfBatch& batch, const LminfLayer& layer) 
             piece = {std::max(keys.begin, (first_part + part) * kPart),
                      std::min(keys.end, (first_part + part + 1) * kPart)};
           }
-          units.push_back({r, h, token + q, position, count, piece, with_global && part == 0, part,
-                           num_parts, num_splits});
+          units.push_back({r, h, token + q, position, count, piece, with_global && part == 0,
+                           with_amx && num_parts == 1, part, num_parts, num_splits});
         }
         if (num_parts > 1) ++num_splits;
       }
@@ -552,7 +660,9 @@ inline std::vector<Unit> plan(const LminfBatch& batch, const LminfLayer& layer) 
 template <typename T>
 void attention(const LminfBatch& batch, const LminfLayer& layer,
                const Recalled<T>* recalled = nullptr) {
-  const std::vector<Unit> units = plan(batch, layer);
+  const std::vector<Unit> units = plan(batch, layer, uses_amx<T>(layer));
+  const bool any_by_amx = std::any_of(units.begin(), units.end(),
+                                      [](const Unit& unit) { return unit.by_amx; });
   const int64_t group_size = layer.num_heads / layer.num_kv_heads;
   int64_t num_splits = 0, max_parts = 0, max_rows = 0;
   for (const Unit& unit : units) {
@@ -567,6 +677,7 @@ void attention(const LminfBatch& batch, const LminfLayer& layer,
   std::atomic<size_t> next{0};
 
   in_threads(units.size() > 1, [&] {
+    const AmxSession session(any_by_amx);
     UnitWorker<T> worker(batch, layer);
     for (size_t u = next++; u < units.size(); u = next++) {
       const Unit& unit = units[u];

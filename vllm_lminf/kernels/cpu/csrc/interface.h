@@ -44,7 +44,12 @@ struct LminfLayer {
   const float* sinks;         // [num_heads] or null
   float scale;
   float softcap;  // 0 for none
+  int32_t use_amx;  // where it can be; otherwise it is never used
 };
+
+// Asks the system, once a process, to let it use AMX. Returns 1 if it may, 0 if the library or the
+// CPU has none for the storage type, and the system's error number, negated, if it refuses.
+int32_t lminf_ask_for_amx(void);
 
 void lminf_attention(const LminfBatch* batch, const LminfLayer* layer);
 

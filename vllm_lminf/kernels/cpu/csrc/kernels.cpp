@@ -1,5 +1,6 @@
 // The kernels' entry points, for one storage type. Compiled by `build.py`.
 
+#include "amx.h"
 #include "archive.h"
 #include "attention.h"
 #include "cache.h"
@@ -9,6 +10,8 @@
 #include "vector.h"
 
 using Storage = lminf::LMINF_STORAGE;
+
+int32_t lminf_ask_for_amx(void) { return lminf::kByAmx<Storage> ? lminf::ask_for_amx() : 0; }
 
 void lminf_attention(const LminfBatch* batch, const LminfLayer* layer) {
   lminf::attention<Storage>(*batch, *layer);
